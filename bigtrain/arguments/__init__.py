@@ -1,0 +1,1 @@
+"""What is known of TrainingArguments without importing transformers."""

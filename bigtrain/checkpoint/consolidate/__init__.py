@@ -1,0 +1,10 @@
+"""Any sharded checkpoint as a Hugging Face model directory, at the speed of a copy.
+
+Bytes go from wherever the source keeps them straight to their place in the output, hashed on the
+way, in memory that does not grow with the model, and without torch.
+"""
+
+from bigtrain.checkpoint.consolidate.run import consolidate
+from bigtrain.checkpoint.consolidate.summary import FileSummary, Moved, Summary
+
+__all__ = ["FileSummary", "Moved", "Summary", "consolidate"]

@@ -1,0 +1,215 @@
+"""The output while it is being made: one attempt at a time, and where to go on after a break.
+
+    <output>.partial/                the output's directory before it has its name
+    <output>.partial/journal.jsonl   which tensors are on the disk, with their hashes
+
+A tensor is entered after it was synced. An attempt that goes on reads what was entered again, and
+takes it only if its hash is right.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import xxhash
+
+from bigtrain.checkpoint.consolidate.layout import OutputFile, OutputTensor
+from bigtrain.checkpoint.staging import free_bytes, sync_directory
+from bigtrain.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".partial"
+_JOURNAL = "journal.jsonl"
+_BUFFER_BYTES = 1 << 20
+
+
+class _Entry(NamedTuple):
+    """A tensor that was copied."""
+
+    end: int
+    """The byte after its last, in the output's file."""
+    name: str
+    xxh3: str
+    infinite: int
+
+
+class FileJournal:
+    """The part of the journal that is about one file."""
+
+    def __init__(self, name: str, earlier: list[_Entry], staging: Staging) -> None:
+        self._name = name
+        self._earlier = {entry.name: entry for entry in earlier}
+        self._staging = staging
+        self._pending: deque[_Entry] = deque()
+        self.hashes = {entry.name: entry.xxh3 for entry in earlier}
+        self.overflowed: dict[str, int] = {}
+
+    def finished(self, file: OutputFile, fd: int) -> tuple[list[OutputTensor], xxhash.xxh3_128]:
+        """The first tensors of the file that an earlier attempt finished, and the file's hash."""
+        offset = len(file.header)
+        hasher = xxhash.xxh3_128(file.header)
+        found: list[OutputTensor] = []
+        for tensor in file.tensors:
+            entry = self._earlier.get(tensor.name)
+            if entry is None or entry.end != offset + tensor.nbytes:
+                break
+            longer = hasher.copy()
+            if _hash_range(fd, offset, tensor.nbytes, longer) != entry.xxh3:
+                logger.warning("%s: %s is not as it was; written anew", self._name, tensor.name)
+                break
+            if entry.infinite:
+                self.overflowed[tensor.name] = entry.infinite
+            hasher, offset = longer, entry.end
+            found.append(tensor)
+        return found, hasher
+
+    def copied(self, name: str, digest: str, *, end: int, infinite: int) -> None:
+        """A tensor was handed to the system, up to byte `end`; it may not be on the disk yet."""
+        self._pending.append(_Entry(end, name, digest, infinite))
+
+    def synced(self, reached: int) -> None:
+        """All bytes before `reached` are on the disk."""
+        lines = []
+        while self._pending and self._pending[0].end <= reached:
+            lines.append({"file": self._name, **self._pending.popleft()._asdict()})
+        self._staging.append(lines)
+
+
+class Staging:
+    """The directory in which the output is made. Only one process can have it open."""
+
+    def __init__(self, output: Path, *, fingerprint: str, resume: bool) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + SUFFIX)
+        self._guard = threading.Lock()
+        self._entries: dict[str, list[_Entry]] = {}
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._journal: IO[str] = (self.path / _JOURNAL).open("a+", encoding="utf-8")
+        except OSError as fault:
+            raise CheckpointError(f"{self.path}: can't be made: {fault.strerror}") from fault
+        try:
+            self._lock()
+            self._begin(fingerprint, resume=resume)
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def file(self, name: str) -> FileJournal:
+        """The journal of one of the output's files."""
+        return FileJournal(name, self._entries.get(name, []), self)
+
+    def append(self, lines: list[dict[str, Any]]) -> None:
+        """Enter what is on the disk. Called from several threads."""
+        if lines:
+            with self._guard:
+                self._journal.writelines(json.dumps(line) + "\n" for line in lines)
+                self._journal.flush()
+                os.fdatasync(self._journal.fileno())
+
+    def check_space(self, needed: int) -> None:
+        """Raise unless `needed` bytes fit, of which some may be there already."""
+        blocks = sum(path.stat().st_blocks * 512 for path in self.path.iterdir())
+        free = free_bytes(self.path)
+        if needed - blocks > free:
+            raise CheckpointError(
+                f"no space for {self.output}: it takes {needed - blocks:,} bytes more, and "
+                f"{free:,} are free; free some, or choose another place or dtype"
+            )
+
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a small file; on the disk afterwards."""
+        with (self.path / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def commit(self) -> None:
+        """Give the finished output its name; it survives a loss of power afterwards."""
+        (self.path / _JOURNAL).unlink()
+        sync_directory(self.path)
+        with suppress(FileNotFoundError):
+            self.output.rmdir()  # empty: that was checked
+        self.path.rename(self.output)
+        sync_directory(self.output.parent)
+        self.close()
+
+    def discard(self) -> None:
+        """Remove all that was written."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def close(self) -> None:
+        """Let others have the directory. Safe to call twice."""
+        self._journal.close()
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._journal.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{self.output} is being written by another process") from None
+
+    def _begin(self, fingerprint: str, *, resume: bool) -> None:
+        self._journal.seek(0)
+        lines = list(_whole_lines(self._journal.read()))
+        known = lines[0].get("fingerprint") if lines else None
+        if resume and known not in (None, fingerprint):
+            raise CheckpointError(
+                f"{self.path}: was begun from another source or with other options; give the same "
+                "ones, or leave out --resume to begin anew"
+            )
+        if resume and known:
+            for line in lines[1:]:
+                name = line.pop("file")
+                self._entries.setdefault(name, []).append(_Entry(**line))
+            return
+        for path in self.path.iterdir():
+            if path.name != _JOURNAL:
+                path.unlink()
+        self._journal.truncate(0)
+        self.append([{"fingerprint": fingerprint}])
+
+
+def check_output(output: Path) -> None:
+    """Raise unless `output` is free to be written."""
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    if output.exists() or output.is_symlink():
+        raise CheckpointError(
+            f"{output} is there already, and nothing is overwritten; give another name or remove it"
+        )
+
+
+def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
+    """The lines up to one that was cut off."""
+    for line in text.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            return
+
+
+def _hash_range(fd: int, offset: int, nbytes: int, whole: xxhash.xxh3_128) -> str:
+    """The hash of a range, which also goes into `whole`; of less where the file is shorter."""
+    hasher = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, nbytes))))
+    while nbytes:
+        count = os.preadv(fd, [buffer[:nbytes]], offset)
+        if count == 0:
+            break
+        hasher.update(buffer[:count])
+        whole.update(buffer[:count])
+        offset += count
+        nbytes -= count
+    return hasher.hexdigest()

@@ -1,0 +1,121 @@
+"""Bytes on their way to a file: hashed and written by one thread, brought to the disk by another.
+
+The worker fills buffers; meanwhile the writer hashes and writes the ones before, and the syncer
+keeps the disk busy, so that the last sync has little left to do.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+import xxhash
+
+BUFFER_BYTES = 1 << 20
+"""Larger ones leave the processor's cache and are slower."""
+_BUFFERS = 4
+_SYNC_BYTES = 64 << 20
+
+
+class Sink:
+    """The end of a file that grows from `offset` on. Use it in a `with`.
+
+    On leaving without an error, all is written and on the disk.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        *,
+        offset: int,
+        hasher: xxhash.xxh3_128,
+        on_synced: Callable[[int], None],
+    ) -> None:
+        self._fd = fd
+        self._hasher = hasher
+        self._on_synced = on_synced
+        self._written = offset
+        self._synced = offset
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        for _ in range(_BUFFERS):
+            self._free.put(memoryview(bytearray(BUFFER_BYTES)))
+        self._buffer: memoryview | None = None
+        self._filled = 0
+        self._fault: BaseException | None = None
+        self._wake = threading.Event()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(run,), name=f"sink-{name}", daemon=True)
+            for name, run in (("write", self._write_all), ("sync", self._sync_all))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def space(self, most: int) -> memoryview:
+        """Room for up to `most` bytes, at least one; fill it from the front, then `take` them."""
+        if self._buffer is None:
+            self._buffer, self._filled = self._free.get(), 0
+        if self._fault is not None:
+            raise self._fault
+        return self._buffer[self._filled : self._filled + most]
+
+    def take(self, count: int) -> None:
+        """The first `count` bytes of the last `space` are filled."""
+        assert self._buffer is not None
+        self._filled += count
+        if self._filled == BUFFER_BYTES:
+            self._hand_over()
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if self._buffer is not None and fault is None:
+            self._hand_over()
+        self._full.put(None)
+        self._threads[0].join()
+        self._closing = True
+        self._wake.set()
+        self._threads[1].join()
+        if fault is None and self._fault is not None:
+            raise self._fault
+
+    def _hand_over(self) -> None:
+        assert self._buffer is not None
+        self._full.put(self._buffer[: self._filled])
+        self._buffer = None
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        try:
+            run()
+        except BaseException as fault:  # the worker raises it
+            self._fault = self._fault or fault
+            for _ in range(_BUFFERS):  # it may be waiting for a buffer
+                self._free.put(memoryview(bytearray(BUFFER_BYTES)))
+
+    def _write_all(self) -> None:
+        while (data := self._full.get()) is not None:
+            self._hasher.update(data)
+            written = 0
+            while written < data.nbytes:
+                written += os.pwrite(self._fd, data[written:], self._written + written)
+            self._written += written
+            self._free.put(memoryview(data.obj))
+            if self._written - self._synced >= _SYNC_BYTES:
+                self._wake.set()
+
+    def _sync_all(self) -> None:
+        closing = False
+        while not closing:
+            self._wake.wait()
+            self._wake.clear()
+            closing, reached = self._closing, self._written
+            os.fdatasync(self._fd)
+            self._synced = reached
+            self._on_synced(reached)

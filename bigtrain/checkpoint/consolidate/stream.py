@@ -1,0 +1,269 @@
+"""Copies tensors from wherever their elements lie to one place, in order and in little memory.
+
+The output is written from front to back. A tensor's extents are read straight into the buffer
+that is written next; where elements are cast, or lie interleaved (a tensor cut by columns), a
+small tile is put together first.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from bigtrain.checkpoint.consolidate.casting import Cast, make_cast
+from bigtrain.checkpoint.consolidate.journal import FileJournal
+from bigtrain.checkpoint.consolidate.layout import OutputFile, OutputTensor
+from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
+from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
+from bigtrain.checkpoint.witness import RecordSource, Witness
+from bigtrain.errors import CheckpointError
+
+_CAST_ELEMENTS = 1 << 17
+"""At a time: source, result and what lies between stay in the processor's cache."""
+_TILE_BYTES = 8 << 20
+"""Of interleaved tensors: with pieces by a thousand ranks, reads are still 8 KiB each."""
+_SPAN_BYTES = 4 << 20
+_OPEN_FILES = 128
+
+
+class Stopped(Exception):  # noqa: N818 - a request, no fault
+    """The copy was told to stop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenFile:
+    """One complete file of the output."""
+
+    name: str
+    nbytes: int
+    xxh3: str
+    """xxh3-128 of the whole file, as `xxhsum -H2` prints it."""
+    tensors: dict[str, str]
+    """xxh3-128 of each tensor's bytes."""
+    overflowed: dict[str, int] = field(default_factory=dict)
+    """Tensors in which finite values became infinite in the new precision, and how many."""
+
+
+class Copier:
+    """One worker. Its `witness` tells what it saw of the source."""
+
+    def __init__(
+        self, index: TensorIndex, find_record: RecordSource, stopping: threading.Event
+    ) -> None:
+        self.witness = Witness(find_record)
+        self.done_bytes = 0
+        """Of output."""
+        self._index = index
+        self._stopping = stopping
+        self._open: OrderedDict[int, int] = OrderedDict()
+        self._scratch = memoryview(b"")
+
+    def write(self, file: OutputFile, path: Path, journal: FileJournal) -> WrittenFile:
+        """Write the file's tensors, those aside that the journal has; on the disk afterwards.
+
+        The header comes last: before it, no reader takes the file for a whole one.
+        """
+        hashes: dict[str, str] = {}
+        overflowed: dict[str, int] = {}
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            offset = len(file.header)
+            finished, hasher = journal.finished(file, fd)
+            for tensor in finished:
+                self._require(tensor.entry)
+                hashes[tensor.name] = journal.hashes[tensor.name]
+                offset += tensor.nbytes
+                self.done_bytes += tensor.nbytes
+            os.truncate(fd, offset)
+            with Sink(fd, offset=offset, hasher=hasher, on_synced=journal.synced) as sink:
+                for tensor in file.tensors[len(hashes) :]:
+                    infinite, digest = self._copy(tensor, sink)
+                    offset += tensor.nbytes
+                    hashes[tensor.name] = digest
+                    if infinite:
+                        overflowed[tensor.name] = infinite
+                    journal.copied(tensor.name, digest, end=offset, infinite=infinite)
+            os.pwrite(fd, file.header, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        overflowed.update(journal.overflowed)
+        return WrittenFile(
+            name=file.name,
+            nbytes=offset,
+            xxh3=hasher.hexdigest(),
+            tensors=hashes,
+            overflowed=overflowed,
+        )
+
+    def close(self) -> None:
+        """Close the source's files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _copy(self, tensor: OutputTensor, sink: Sink) -> tuple[int, str]:
+        hasher = xxhash.xxh3_128()
+        cast = make_cast(tensor.entry.dtype, tensor.dtype)
+        if tensor.entry.extents.is_interleaved:
+            infinite = self._copy_tiles(tensor, cast, sink, hasher)
+        elif cast is None:
+            infinite = self._copy_bytes(tensor.entry, sink, hasher)
+        else:
+            infinite = self._copy_cast(tensor, cast, sink, hasher)
+        return infinite, hasher.hexdigest()
+
+    def _copy_bytes(self, entry: TensorEntry, sink: Sink, hasher: xxhash.xxh3_128) -> int:
+        for extent in entry.extents:
+            offset, left = extent.offset, extent.run * entry.dtype.itemsize
+            while left:
+                space = sink.space(left)
+                self._read(extent.file, offset, space)
+                self._give(sink, space, hasher)
+                offset += space.nbytes
+                left -= space.nbytes
+        return 0
+
+    def _copy_cast(
+        self, tensor: OutputTensor, cast: Cast, sink: Sink, hasher: xxhash.xxh3_128
+    ) -> int:
+        infinite = 0
+        width = tensor.entry.dtype.itemsize
+        for extent in tensor.entry.extents:
+            offset, left = extent.offset, extent.run
+            while left:
+                count = min(left, _CAST_ELEMENTS)
+                tile = self._tile(count * width)
+                self._read(extent.file, offset, tile)
+                infinite += self._give_cast(tile, tensor, cast, sink, hasher)
+                offset += tile.nbytes
+                left -= count
+        return infinite
+
+    def _copy_tiles(
+        self, tensor: OutputTensor, cast: Cast | None, sink: Sink, hasher: xxhash.xxh3_128
+    ) -> int:
+        infinite = 0
+        entry, width = tensor.entry, tensor.entry.dtype.itemsize
+        step = _TILE_BYTES // width
+        for start in range(0, entry.numel, step):
+            stop = min(entry.numel, start + step)
+            tile = self._tile((stop - start) * width)
+            for extent in entry.extents.overlapping(start, stop):
+                self._gather(extent, width, start, stop, tile)
+            infinite += self._give_cast(tile, tensor, cast, sink, hasher)
+        return infinite
+
+    def _give_cast(
+        self,
+        tile: memoryview,
+        tensor: OutputTensor,
+        cast: Cast | None,
+        sink: Sink,
+        hasher: xxhash.xxh3_128,
+    ) -> int:
+        infinite, at = 0, 0
+        stored, wanted = tensor.entry.dtype.itemsize, tensor.dtype.itemsize
+        elements = tile.nbytes // stored
+        while at < elements:
+            count = min(elements - at, _CAST_ELEMENTS)
+            space = sink.space(count * wanted)
+            count = space.nbytes // wanted
+            piece = tile[at * stored : (at + count) * stored]
+            if cast is None:
+                space[:] = piece
+            else:
+                infinite += cast(piece, space)
+            self._give(sink, space, hasher)
+            at += count
+        return infinite
+
+    def _give(self, sink: Sink, filled: memoryview, hasher: xxhash.xxh3_128) -> None:
+        if self._stopping.is_set():
+            raise Stopped
+        hasher.update(filled)
+        self.done_bytes += filled.nbytes
+        sink.take(filled.nbytes)
+
+    def _gather(self, extent: Extent, width: int, start: int, stop: int, tile: memoryview) -> None:
+        """Put what an extent holds of elements [start, stop) into their places in `tile`."""
+        if extent.runs == 1:
+            self._gather_cut(extent, width, start, stop, tile, 0)
+            return
+        first = max(0, -(-(start - extent.start) // extent.stride))
+        last = min(extent.runs, (stop - extent.run - extent.start) // extent.stride + 1)
+        together = max(1, _SPAN_BYTES // max(1, extent.file_stride))
+        self._gather_cut(extent, width, start, stop, tile, first - 1)
+        for begin in range(first, last, together):
+            self._scatter(extent, width, start, tile, begin, min(last, begin + together))
+        self._gather_cut(extent, width, start, stop, tile, max(first, last))
+
+    def _gather_cut(
+        self, extent: Extent, width: int, start: int, stop: int, tile: memoryview, k: int
+    ) -> None:
+        """Run k of an extent, of which only a part may be in the tile."""
+        begin = extent.start + k * extent.stride
+        low, high = max(start, begin), min(stop, begin + extent.run)
+        if 0 <= k < extent.runs and low < high:
+            offset = extent.offset + k * extent.file_stride + (low - begin) * width
+            self._read(extent.file, offset, tile[(low - start) * width : (high - start) * width])
+
+    def _scatter(
+        self, extent: Extent, width: int, start: int, tile: memoryview, begin: int, end: int
+    ) -> None:
+        """Runs [begin, end) of an extent, which lie whole in the tile."""
+        import numpy  # not at module level: most tensors are not interleaved
+        from numpy.lib.stride_tricks import as_strided
+
+        nbytes = extent.run * width
+        span = memoryview(bytearray((end - begin - 1) * extent.file_stride + nbytes))
+        self._read(extent.file, extent.offset + begin * extent.file_stride, span)
+        target = (extent.start + begin * extent.stride - start) * width
+        shape = (end - begin, nbytes)
+        source = as_strided(
+            numpy.frombuffer(span, numpy.uint8), shape, (extent.file_stride, 1), writeable=False
+        )
+        places = as_strided(
+            numpy.frombuffer(tile[target:], numpy.uint8), shape, (extent.stride * width, 1)
+        )
+        places[...] = source
+
+    def _tile(self, nbytes: int) -> memoryview:
+        if self._scratch.nbytes < nbytes:
+            self._scratch = memoryview(bytearray(max(nbytes, BUFFER_BYTES)))
+        return self._scratch[:nbytes]
+
+    def _read(self, file: int, offset: int, out: memoryview) -> None:
+        fd, path = self._descriptor(file), self._index.files[file]
+        filled = 0
+        while filled < out.nbytes:
+            count = os.preadv(fd, [out[filled:]], offset + filled)
+            if count == 0:
+                raise CheckpointError(
+                    f"{path}: ends at byte {offset + filled}, {out.nbytes - filled} bytes too "
+                    "early; the file is cut off"
+                )
+            filled += count
+        self.witness.saw(path, fd, offset, out)
+
+    def _require(self, entry: TensorEntry) -> None:
+        for extent in entry.extents:
+            self.witness.needs(self._index.files[extent.file], extent.offset)
+
+    def _descriptor(self, file: int) -> int:
+        if file in self._open:
+            self._open.move_to_end(file)
+            return self._open[file]
+        path = self._index.files[file]
+        try:
+            fd = os.open(path, os.O_RDONLY)
+        except OSError as fault:
+            raise CheckpointError(f"{path}: can't be opened: {fault.strerror}") from fault
+        self._open[file] = fd
+        if len(self._open) > _OPEN_FILES:
+            os.close(self._open.popitem(last=False)[1])
+        return fd

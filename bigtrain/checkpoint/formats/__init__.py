@@ -1,0 +1,1 @@
+"""One small reader per format: each makes a `TensorIndex` without loading tensors."""

@@ -1,0 +1,208 @@
+"""torch.distributed.checkpoint directories.
+
+`.metadata` (a pickle, read without running it) lists every tensor's chunks, and for each the item
+of a `.distcp` file that holds it: a whole `torch.save` zip. Keys as torch's `get_state_dict`
+writes them: `model.<name>`, `optim.state.<name>.<kind>`, `optim.param_groups.<i>.<field>`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigtrain.checkpoint.boxes import Box, box_extents, contiguous_strides
+from bigtrain.checkpoint.dtypes import DType, dtype_named
+from bigtrain.checkpoint.index import WEIGHT, Extent, Extents, TensorEntry, TensorIndex
+from bigtrain.checkpoint.inert import Inert, class_name, read_name, read_pickle
+from bigtrain.checkpoint.torch_file import Archive, TensorRef
+from bigtrain.errors import CheckpointError
+
+METADATA = ".metadata"
+MODEL = "model"
+STATE = "optim.state"
+GROUPS = "optim.param_groups"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """One stored item, as `_StorageInfo` has it."""
+
+    file: int
+    offset: int
+    length: int
+
+
+class _Chunk(NamedTuple):
+    key: str
+    box: Box
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Directory:
+    """What `.metadata` says."""
+
+    path: Path
+    files: tuple[Path, ...]
+    tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[Box, ...]]]
+    objects: frozenset[str]
+    """Keys of what is no tensor."""
+    items: Mapping[tuple[str, tuple[int, ...] | None], _Item]
+    """By key and, for a tensor, the chunk's offsets."""
+
+
+def is_dcp(directory: Path) -> bool:
+    """Whether `directory` was written by torch.distributed.checkpoint."""
+    return (directory / METADATA).is_file()
+
+
+def read_dcp(directory: Path) -> TensorIndex:
+    """The index of one DCP directory. A stored item is opened when its extents are asked for."""
+    found = _read_metadata(directory)
+    chunks: dict[tuple[int, int], _Chunk] = {}
+    entries: dict[tuple[str, str], TensorEntry] = {}
+    for key, (dtype, shape, boxes) in found.tensors.items():
+        extents: list[Extent] = []
+        for box in boxes:
+            item = _item_of(found, key, box)
+            chunks[item.file, item.offset] = _Chunk(key, box)
+            extents += box_extents(
+                shape, box, file=item.file, offset=item.offset, itemsize=dtype.itemsize
+            )
+        name, kind = split_key(key)
+        entries[name, kind] = TensorEntry(
+            name=name,
+            kind=kind,
+            shape=shape,
+            dtype=dtype,
+            extents=Extents(
+                extents, locate=lambda file, offset: _locate(found, chunks[file, offset])
+            ),
+        )
+    return TensorIndex(files=found.files, entries=entries, param_groups=_read_groups(found))
+
+
+def split_key(key: str) -> tuple[str, str]:
+    """(name, kind) of the tensor that DCP stores as `key`."""
+    if key.startswith(f"{STATE}."):
+        name, _, kind = key.removeprefix(f"{STATE}.").rpartition(".")
+        return name, kind
+    return key.removeprefix(f"{MODEL}."), WEIGHT
+
+
+def join_key(name: str, kind: str) -> str:
+    """The key under which a tensor is stored; weights and buffers are the model's."""
+    return f"{MODEL}.{name}" if kind in ("weight", "buffer") else f"{STATE}.{name}.{kind}"
+
+
+def _read_metadata(directory: Path) -> _Directory:
+    path = directory / METADATA
+    try:
+        data = path.read_bytes()
+    except OSError as fault:
+        raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
+    metadata = read_pickle(io.BytesIO(data), path=path)
+    try:
+        return _parse(directory, metadata.fields)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError) as fault:
+        raise CheckpointError(
+            f"{path}: not the metadata of a DCP checkpoint ({fault!r})"
+        ) from fault
+
+
+def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
+    files: dict[str, int] = {}
+    items: dict[tuple[str, tuple[int, ...] | None], _Item] = {}
+    for index, info in metadata["storage_data"].items():
+        where = info.fields
+        if where.get("transform_descriptors"):
+            raise CheckpointError(
+                f"{directory}: stored through the transforms {where['transform_descriptors']}, "
+                "which are not known here"
+            )
+        file = files.setdefault(_inside(directory, where["relative_path"]), len(files))
+        item = _Item(file=file, offset=where["offset"], length=where["length"])
+        items[index.fields["fqn"], index.fields.get("offset")] = item
+    tensors = {}
+    objects = set()
+    for key, stored in metadata["state_dict_metadata"].items():
+        if class_name(stored) == "TensorStorageMetadata":
+            tensors[key] = _parse_tensor(stored)
+        else:
+            objects.add(key)
+    return _Directory(
+        path=directory,
+        files=tuple(directory / name for name in files),
+        tensors=tensors,
+        objects=frozenset(objects),
+        items=items,
+    )
+
+
+def _parse_tensor(stored: Inert) -> tuple[DType, tuple[int, ...], tuple[Box, ...]]:
+    dtype_name = read_name(stored.fields["properties"].state[0]) or ""
+    boxes = tuple(
+        Box(tuple(chunk.fields["offsets"]), tuple(chunk.fields["sizes"]))
+        for chunk in stored.fields["chunks"]
+    )
+    return dtype_named(dtype_name.removeprefix("torch.")), tuple(stored.fields["size"]), boxes
+
+
+def _inside(directory: Path, relative: str) -> str:
+    if Path(relative).is_absolute() or ".." in Path(relative).parts:
+        raise CheckpointError(f"{directory}: names the file {relative}, outside of itself")
+    return relative
+
+
+def _item_of(found: _Directory, key: str, box: Box) -> _Item:
+    try:
+        return found.items[key, box.offsets]
+    except KeyError:
+        raise CheckpointError(
+            f"{found.path}: the piece of {key} at {box.offsets} is listed but not stored"
+        ) from None
+
+
+def _locate(found: _Directory, chunk: _Chunk) -> int:
+    """Where the elements of a chunk begin in its file."""
+    item = found.items[chunk.key, chunk.box.offsets]
+    dtype, _, _ = found.tensors[chunk.key]
+    path = found.files[item.file]
+    stored = Archive(path, offset=item.offset, length=item.length).read()
+    if (
+        not isinstance(stored, TensorRef)
+        or (stored.dtype, stored.shape) != (dtype, chunk.box.sizes)
+        or not _is_row_major(stored)
+    ):
+        raise CheckpointError(
+            f"{path}: the piece of {chunk.key} at {chunk.box.offsets} is not the {dtype.name} "
+            f"{chunk.box.sizes} that {METADATA} says, in row-major order"
+        )
+    return stored.offset
+
+
+def _is_row_major(stored: TensorRef) -> bool:
+    expected = contiguous_strides(stored.shape)
+    return all(
+        size == 1 or stride == wanted
+        for size, stride, wanted in zip(stored.shape, stored.strides, expected, strict=True)
+    )
+
+
+def _read_groups(found: _Directory) -> tuple[Mapping[str, Any], ...] | None:
+    groups: dict[int, dict[str, Any]] = {}
+    for key, (number, field) in _group_keys(found):
+        item = found.items[key, None]
+        archive = Archive(found.files[item.file], offset=item.offset, length=item.length)
+        groups.setdefault(number, {})[field] = archive.read()
+    return tuple(groups[number] for number in sorted(groups)) if groups else None
+
+
+def _group_keys(found: _Directory) -> Iterator[tuple[str, tuple[int, str]]]:
+    for key in sorted(found.objects):
+        if key.startswith(f"{GROUPS}."):
+            number, _, field = key.removeprefix(f"{GROUPS}.").partition(".")
+            if number.isdigit():
+                yield key, (int(number), field)

@@ -1,0 +1,96 @@
+"""Checkpoint directories as `transformers.Trainer` lays them out.
+
+`model.safetensors` (or shards with an index) holds the weights by name, `optimizer.pt` torch's
+optimizer state by number: its groups say which number is which parameter, where they hold
+`param_names`, as those that bigtrain writes do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigtrain.checkpoint.boxes import Box, box_extents
+from bigtrain.checkpoint.formats.safetensors import read_safetensors
+from bigtrain.checkpoint.index import Extents, TensorEntry, TensorIndex, merge
+from bigtrain.checkpoint.torch_file import Archive, TensorRef
+from bigtrain.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+OPTIMIZER = "optimizer.pt"
+
+
+def read_transformers(directory: Path) -> TensorIndex:
+    """The weights of a model's directory, and its optimizer's state where that is there."""
+    indexes = [read_safetensors(weight_files(directory))]
+    if (directory / OPTIMIZER).is_file():
+        indexes.append(read_optimizer(directory / OPTIMIZER))
+    return merge(indexes)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights; empty when there are none."""
+    index = directory / WEIGHTS_INDEX
+    if not index.is_file():
+        return [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else []
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(f"{index}: not an index of weights; it is damaged") from fault
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise CheckpointError(f"{index}: names files outside of its directory: {outside}")
+    return [directory / name for name in names]
+
+
+def read_optimizer(path: Path) -> TensorIndex:
+    """The state of a torch optimizer that `torch.save` wrote, by its parameters' names."""
+    saved = Archive(path).read()
+    try:
+        state, groups = saved["state"], saved["param_groups"]
+        names = dict(_numbered_names(path, groups))
+        tensors = [
+            (names[number], kind, value)
+            for number, kinds in state.items()
+            for kind, value in kinds.items()
+            if isinstance(value, TensorRef)
+        ]
+    except (KeyError, TypeError, AttributeError) as fault:
+        raise CheckpointError(f"{path}: not the state of a torch optimizer ({fault!r})") from fault
+    entries = {(name, kind): _entry(name, kind, value) for name, kind, value in tensors}
+    return TensorIndex(files=(path,), entries=entries, param_groups=_named_groups(groups))
+
+
+def _numbered_names(path: Path, groups: Any) -> Iterator[tuple[int, str]]:
+    for group in groups:
+        if "param_names" not in group:
+            raise CheckpointError(
+                f"{path}: numbers its parameters and does not name them; bigtrain did not write it"
+            )
+        yield from zip(group["params"], group["param_names"], strict=True)
+
+
+def _named_groups(groups: Any) -> tuple[Mapping[str, Any], ...]:
+    named = []
+    for group in groups:
+        fields = {key: value for key, value in group.items() if key != "param_names"}
+        named.append({**fields, "params": list(group["param_names"])})
+    return tuple(named)
+
+
+def _entry(name: str, kind: str, stored: TensorRef) -> TensorEntry:
+    whole = Box((0,) * len(stored.shape), stored.shape)
+    extents = box_extents(
+        stored.shape,
+        whole,
+        file=0,
+        offset=stored.offset,
+        itemsize=stored.dtype.itemsize,
+        file_strides=stored.strides,
+    )
+    return TensorEntry(
+        name=name, kind=kind, shape=stored.shape, dtype=stored.dtype, extents=Extents(extents)
+    )

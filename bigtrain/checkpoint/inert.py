@@ -1,0 +1,135 @@
+"""Reads the structure of a pickle without running it.
+
+Whatever class or function a pickle names, nothing is imported and nothing of it is called: a few
+names get a harmless meaning (dict, tuple, tensors as references), all others become stubs that
+keep what they were given. All that a pickle can touch is made afresh for each one, so that a
+hostile file can't even change the meaning of the next.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from bigtrain.errors import CheckpointError
+
+_SAFE: Mapping[tuple[str, str], Any] = {
+    ("torch", "Size"): tuple,
+    ("builtins", "dict"): dict,
+    ("builtins", "list"): list,
+    ("builtins", "tuple"): tuple,
+    ("builtins", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "complex"): complex,
+    ("__builtin__", "set"): set,
+    ("__builtin__", "frozenset"): frozenset,
+    ("__builtin__", "complex"): complex,
+}
+"""Immutable built-in types; the names of Python 2 are those that pickle protocol 2 uses."""
+
+
+class Inert:
+    """Stands for an object of a class that was not imported."""
+
+    qualified = ""
+    """The name that the pickle gave, such as `torch.distributed.checkpoint.metadata.Metadata`."""
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        self.args = args
+        self.fields = dict(fields)
+        self.state: Any = None
+        self.items: list[Any] = []
+
+    def __new__(cls, *args: Any, **fields: Any) -> Inert:
+        made = super().__new__(cls)
+        Inert.__init__(made, *args, **fields)
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+        if isinstance(state, dict):
+            self.fields.update(state)
+
+    def __call__(self, *args: Any) -> Inert:
+        """What `getattr(module, name)(…)` would have made, were there anything behind it."""
+        return Inert(self, *args)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.items.append((key, value))
+
+    def append(self, value: Any) -> None:
+        self.items.append(value)
+
+    def extend(self, values: Any) -> None:
+        self.items.extend(values)
+
+    def __repr__(self) -> str:
+        return f"<{self.qualified}, not loaded>"
+
+
+class InertUnpickler(pickle.Unpickler):
+    """`names` adds meanings to the safe ones; its values must not be shared between pickles."""
+
+    def __init__(
+        self,
+        stream: IO[bytes],
+        *,
+        names: Mapping[tuple[str, str], Any] | None = None,
+        persistent: Callable[[Any], Any] | None = None,
+    ) -> None:
+        super().__init__(stream)
+        self._names = {("collections", "OrderedDict"): _plain_dict(), **(names or {})}
+        self._persistent = persistent
+
+    def find_class(self, module: str, name: str, /) -> Any:
+        key = (module, name)
+        if key in _SAFE:
+            return _SAFE[key]
+        if key not in self._names:
+            qualified = f"{module}.{name}"
+            # Also of values such as torch.float32, which `read_name` then tells by that name.
+            self._names[key] = type("Stub", (Inert,), {"qualified": qualified})
+        return self._names[key]
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        if self._persistent is None:
+            raise pickle.UnpicklingError("a reference to data outside of the pickle")
+        return self._persistent(pid)
+
+
+def _plain_dict() -> type[dict[Any, Any]]:
+    """A dict that drops the attributes a pickle gives it: a module's state dict has some."""
+    return type("OrderedDict", (dict,), {"__setstate__": lambda self, state: None})
+
+
+def read_pickle(stream: IO[bytes], *, path: Path) -> Any:
+    """The structure of the pickle in `stream`; `path` is for the error's text."""
+    return load(InertUnpickler(stream), path=path)
+
+
+def load(unpickler: InertUnpickler, *, path: Path) -> Any:
+    """What `unpickler` reads; any fault of the file's as a CheckpointError."""
+    try:
+        return unpickler.load()
+    except CheckpointError:
+        raise
+    except Exception as fault:  # a damaged pickle can raise anything at all
+        raise CheckpointError(
+            f"{path}: its structure can't be read ({type(fault).__name__}: {fault}); "
+            "the file is damaged or not what it seems"
+        ) from fault
+
+
+def read_name(value: Any) -> str | None:
+    """The full name where a pickle holds a bare name (a class or a `torch.dtype`), else None."""
+    if isinstance(value, type) and issubclass(value, Inert):
+        return value.qualified
+    return None
+
+
+def class_name(value: Any) -> str:
+    """The last part of the name of a stub's class; of anything else, its type's name."""
+    qualified = value.qualified if isinstance(value, Inert) else type(value).__name__
+    return qualified.rpartition(".")[2]

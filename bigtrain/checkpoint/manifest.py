@@ -1,0 +1,315 @@
+"""What a committed checkpoint says of itself.
+
+    manifest.json                 small; written last; sealed by a checksum; names the parts
+    manifest/rank-00000.json      what one rank wrote: files with the hashes of their blocks, and
+                                  where in them the elements of which tensors lie
+
+A directory without `manifest.json` is no checkpoint. The parts hold whole columns of numbers as
+base64, little-endian, because a large run writes millions of items.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from bigtrain.checkpoint.blocks import FileDigest, hash_bytes
+from bigtrain.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+PARTS = "manifest"
+FORMAT = "bigtrain-checkpoint"
+VERSION = 1
+
+Layout: TypeAlias = Literal["transformers", "sharded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the training has come, counted so that another world size can go on from it."""
+
+    step: int
+    """Optimizer steps done, skipped ones included."""
+    epoch: float = 0.0
+    samples_seen: int = 0
+    """Samples of the global order consumed since training began, over all epochs."""
+    samples_in_epoch: int = 0
+    """Of these, in the running epoch."""
+    tokens_seen: int = 0
+    global_batch_size: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredTensor:
+    """One tensor of which a rank wrote some elements."""
+
+    name: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredItem:
+    """A contiguous piece of a flattened tensor, stored as it is."""
+
+    tensor: int
+    """Which of the part's tensors."""
+    file: str
+    """Relative to the checkpoint."""
+    payload: int
+    """Of the first element, in bytes from the file's beginning."""
+    start: int
+    numel: int
+    hash: bytes
+    """xxh3-128 of the piece's bytes."""
+    begin: int = 0
+    """Of the torch.save zip in a `.distcp` file that holds it; else 0."""
+    length: int = 0
+    """Of that zip, in bytes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredObject:
+    """An item of a `.distcp` file that is no tensor: a hyperparameter of the optimizer's."""
+
+    group: int
+    name: str
+    file: str
+    begin: int
+    length: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """What one rank wrote."""
+
+    rank: int
+    files: Mapping[str, FileDigest] = field(default_factory=dict)
+    """By path relative to the checkpoint."""
+    tensors: tuple[StoredTensor, ...] = ()
+    items: tuple[StoredItem, ...] = ()
+    objects: tuple[StoredObject, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        """As it stands in `manifest/rank-NNNNN.json`."""
+        names = sorted({item.file for item in self.items})
+        number = {name: position for position, name in enumerate(names)}
+        columns = {
+            "tensor": [item.tensor for item in self.items],
+            "file": [number[item.file] for item in self.items],
+            "payload": [item.payload for item in self.items],
+            "start": [item.start for item in self.items],
+            "numel": [item.numel for item in self.items],
+            "begin": [item.begin for item in self.items],
+            "length": [item.length for item in self.items],
+        }
+        document = {
+            "rank": self.rank,
+            "files": {name: _digest_to_json(digest) for name, digest in self.files.items()},
+            "tensors": [[t.name, t.kind, t.dtype, t.shape] for t in self.tensors],
+            "item_files": names,
+            "items": {
+                **{name: _pack(column) for name, column in columns.items()},
+                "hash": _text(b"".join(item.hash for item in self.items)),
+            },
+            "objects": [[o.group, o.name, o.file, o.begin, o.length] for o in self.objects],
+        }
+        return json.dumps(document, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Part:
+        """The part that `to_bytes` wrote."""
+        document = json.loads(data)
+        files = document["item_files"]
+        packed = dict(document["items"])
+        hashes = base64.b64decode(packed.pop("hash"))
+        columns = {name: _unpack(column) for name, column in packed.items()}
+        items = tuple(
+            StoredItem(
+                tensor=columns["tensor"][i],
+                file=files[columns["file"][i]],
+                payload=columns["payload"][i],
+                start=columns["start"][i],
+                numel=columns["numel"][i],
+                hash=hashes[16 * i : 16 * i + 16],
+                begin=columns["begin"][i],
+                length=columns["length"][i],
+            )
+            for i in range(len(columns["tensor"]))
+        )
+        return cls(
+            rank=document["rank"],
+            files={name: _digest_from_json(entry) for name, entry in document["files"].items()},
+            tensors=tuple(
+                StoredTensor(name=name, kind=kind, dtype=dtype, shape=tuple(shape))
+                for name, kind, dtype, shape in document["tensors"]
+            ),
+            items=items,
+            objects=tuple(
+                StoredObject(group=group, name=name, file=file, begin=begin, length=length)
+                for group, name, file, begin, length in document["objects"]
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The root: what the checkpoint is, and the parts that make it up."""
+
+    uuid: str
+    layout: Layout
+    run_id: str
+    engine: str
+    world_size: int
+    progress: Progress
+    created: str
+    """UTC, ISO 8601."""
+    versions: Mapping[str, str]
+    parts: Mapping[str, tuple[int, str]]
+    """Path of each part → its size and the xxh3-128 of its bytes."""
+    param_groups: tuple[Mapping[str, Any], ...] | None = None
+    """The optimizer's groups: hyperparameters, and `params` as names; None: weights only."""
+
+    def to_bytes(self) -> bytes:
+        """As it stands in `manifest.json`, with its seal."""
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        document["param_groups"] = _plain(self.param_groups, where="param_groups")
+        return _seal(document)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, *, path: Path) -> Manifest:
+        """The manifest that `to_bytes` wrote; `path` is for the error's text."""
+        document = _unseal(data, path=path)
+        if document.pop("format", None) != FORMAT or document.pop("version", None) != VERSION:
+            raise CheckpointError(
+                f"{path}: not a manifest of version {VERSION}; a newer bigtrain wrote it"
+            )
+        document["progress"] = _known(Progress, document["progress"])
+        document["parts"] = {name: tuple(entry) for name, entry in document["parts"].items()}
+        document["param_groups"] = _unplain(document["param_groups"])
+        manifest: Manifest = _known(cls, document)
+        return manifest
+
+
+def part_name(rank: int) -> str:
+    """Path of a rank's part, relative to the checkpoint."""
+    return f"{PARTS}/rank-{rank:05d}.json"
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The root of a committed checkpoint; CheckpointError when there is none or it is damaged."""
+    path = checkpoint / MANIFEST
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{checkpoint} has no {MANIFEST}: it was never committed, or bigtrain did not write it"
+        ) from None
+    except OSError as fault:
+        raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
+    return Manifest.from_bytes(data, path=path)
+
+
+def read_part(checkpoint: Path, name: str, *, manifest: Manifest) -> Part:
+    """One of the manifest's parts, checked against the hash that the root has of it."""
+    size, expected = manifest.parts[name]
+    path = checkpoint / name
+    try:
+        data = path.read_bytes()
+    except OSError as fault:
+        raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
+    if len(data) != size or hash_bytes(data).hex() != expected:
+        raise CheckpointError(f"{path}: is not as it was written; the checkpoint is damaged")
+    return Part.from_bytes(data)
+
+
+def read_parts(checkpoint: Path, *, manifest: Manifest) -> list[Part]:
+    """All parts, by rank."""
+    return [read_part(checkpoint, name, manifest=manifest) for name in sorted(manifest.parts)]
+
+
+def _known(cls: Any, values: Mapping[str, Any]) -> Any:
+    """A dataclass from the values it knows: later versions may have written more."""
+    names = {declared.name for declared in fields(cls)}
+    return cls(**{name: value for name, value in values.items() if name in names})
+
+
+def _seal(document: Mapping[str, Any]) -> bytes:
+    checksum = hash_bytes(_canonical(document)).hex()
+    return json.dumps({"checksum": checksum, **document}, indent=1).encode()
+
+
+def _unseal(data: bytes, *, path: Path) -> dict[str, Any]:
+    try:
+        document = dict(json.loads(data))
+        checksum = document.pop("checksum")
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{path}: not a whole manifest; the file is damaged") from None
+    if hash_bytes(_canonical(document)).hex() != checksum:
+        raise CheckpointError(f"{path}: its checksum is wrong; the file was edited or is damaged")
+    return document
+
+
+def _canonical(document: Any) -> bytes:
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _digest_to_json(digest: FileDigest) -> list[Any]:
+    return [digest.size, _text(digest.blocks)]
+
+
+def _digest_from_json(entry: Sequence[Any]) -> FileDigest:
+    size, blocks = entry
+    return FileDigest(size=size, blocks=base64.b64decode(blocks))
+
+
+def _text(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def _pack(numbers: Sequence[int]) -> str:
+    column = array("q", numbers)
+    if sys.byteorder == "big":
+        column.byteswap()
+    return _text(column.tobytes())
+
+
+def _unpack(text: str) -> array[int]:
+    column = array("q")
+    column.frombytes(base64.b64decode(text))
+    if sys.byteorder == "big":
+        column.byteswap()
+    return column
+
+
+def _plain(value: Any, *, where: str) -> Any:
+    """`value` for JSON, with tuples kept apart from lists: `betas` is one."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, tuple):
+        return {"tuple": [_plain(each, where=where) for each in value]}
+    if isinstance(value, list):
+        return [_plain(each, where=where) for each in value]
+    if isinstance(value, Mapping):
+        return {"dict": {str(k): _plain(v, where=f"{where}.{k}") for k, v in value.items()}}
+    raise CheckpointError(
+        f"the optimizer's {where} is a {type(value).__name__}; a checkpoint holds plain values"
+    )
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unplain(each) for each in value]
+    if isinstance(value, dict) and "tuple" in value:
+        return tuple(_unplain(each) for each in value["tuple"])
+    if isinstance(value, dict):
+        return {key: _unplain(each) for key, each in value["dict"].items()}
+    return value

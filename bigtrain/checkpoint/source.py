@@ -1,0 +1,279 @@
+"""What a directory is, as far as checkpoints go, and what it holds.
+
+`open_source` takes whatever a user has: a checkpoint of bigtrain's, one of DeepSpeed's, torch's,
+accelerate's, Lightning's or transformers', one rank's idea of a directory above it, or a run's
+with many of them. No tensor is loaded and no pickle is run.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp, split_key
+from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
+from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
+from bigtrain.checkpoint.formats.safetensors import read_safetensors
+from bigtrain.checkpoint.formats.torch_state_dict import read_state_dict, state_dict_files
+from bigtrain.checkpoint.formats.transformers_dir import weight_files
+from bigtrain.checkpoint.index import BUFFER, WEIGHT, TensorEntry, TensorIndex
+from bigtrain.checkpoint.manifest import MANIFEST
+from bigtrain.checkpoint.records import (
+    check_torch_files,
+    item_records,
+    read_dcp_items,
+    torch_file_records,
+)
+from bigtrain.checkpoint.verify import verify_checkpoint
+from bigtrain.checkpoint.witness import RecordSource, no_records
+from bigtrain.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MODEL = "model"
+"""The set of weights that is meant when none is named."""
+_SETS = ("model", "ema", "ema_model", "model_ema", "module", "state_dict")
+"""First parts of a DCP key that tell sets of weights apart, rather than modules."""
+_STATE = (
+    "optim",
+    "optimizer",
+    "optimizers",
+    "lr_scheduler",
+    "scheduler",
+    "dataloader",
+    "train_state",
+)
+_FSDP = ("pytorch_model_fsdp_0", "fsdp_model", "distributed_checkpoint")
+_STEP = re.compile(r"(\d+)(?:\.ckpt)?$")
+_UNFINISHED = re.compile(r"\.(tmp|old|gone)-|\.partial$")
+_CLOCKS_S = 2.0
+"""How far the clocks of a run's machines may be apart, and a file system's times be rounded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One step of some run: what it holds, and where."""
+
+    path: Path
+    """The directory of the step; all that belongs to it lies there."""
+    kind: str
+    """In words: `DeepSpeed ZeRO-3 of 2 ranks`."""
+    index: TensorIndex
+    step: int | None = None
+    sets: Mapping[str, Mapping[str, TensorEntry]]
+    """Weights and buffers by name; `model`, and more where the run kept averages."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Name of a tied parameter → the name under which it is stored."""
+    find_record: RecordSource = no_records
+    check_all: Callable[[], int] = lambda: 0
+    """Checks every checksum that a foreign source stores; how many there were."""
+    is_own: bool = False
+    """Whether bigtrain wrote and committed it."""
+
+    def names_in(self, path: Path, start: int, stop: int) -> list[str]:
+        """The weights of which elements lie in these bytes."""
+        file = self.index.files.index(path)
+        return [
+            entry.name
+            for entry in self.index.entries.values()
+            if entry.kind in (WEIGHT, BUFFER)
+            and any(e.file == file and start <= e.offset < stop for e in entry.extents)
+        ]
+
+
+def open_source(path: Path, *, step: int | None = None, trust_times: bool = False) -> Source:
+    """The checkpoint at `path`; of several below it, that of `step`, else the newest that holds."""
+    if not path.is_dir():
+        what = "is a file, not a checkpoint's directory" if path.exists() else "does not exist"
+        raise CheckpointError(f"{path} {what}")
+    candidates = list(_candidates(path))
+    if step is not None:
+        candidates = [each for each in candidates if each.step == step]
+    if not candidates:
+        raise CheckpointError(_nothing(path, step))
+    for position, candidate in enumerate(candidates):
+        try:
+            return candidate.open(trust_times)
+        except CheckpointError as fault:
+            if position + 1 == len(candidates):
+                raise
+            logger.warning("passing over %s: %s", candidate.path, fault)
+    raise AssertionError("unreachable")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    path: Path
+    step: int | None
+    read: Callable[[Path, bool], Source]
+
+    def open(self, trust_times: bool) -> Source:
+        source = self.read(self.path, trust_times)
+        source.index.check_tiling()
+        return source
+
+
+def _candidates(path: Path) -> Iterator[_Candidate]:
+    """The checkpoints at or below `path`, the newest first."""
+    read = _reader(path)
+    if read is not None:
+        yield _Candidate(path=path, step=_step_of(path), read=read)
+        return
+    below = [child for child in sorted(path.iterdir()) if child.is_dir()]
+    named = _latest(path)
+    found = [
+        candidate
+        for child in below
+        if not _UNFINISHED.search(child.name)
+        for candidate in _candidates_below(child)
+    ]
+    yield from sorted(
+        found, key=lambda each: (each.path.name != named, -(each.step or 0), each.path.name)
+    )
+
+
+def _candidates_below(child: Path) -> Iterator[_Candidate]:
+    """Those of a directory with its own name's step, where they have none themselves."""
+    grandchildren = [each for each in child.iterdir() if each.is_dir()]
+    if _reader(child) is None and not any(map(_reader, grandchildren)):
+        return
+    for candidate in _candidates(child):
+        step = candidate.step if candidate.step is not None else _step_of(child)
+        yield _Candidate(path=candidate.path, step=step, read=candidate.read)
+
+
+def _reader(path: Path) -> Callable[[Path, bool], Source] | None:
+    """What reads `path` itself; None when it is no checkpoint."""
+    if (path / MANIFEST).is_file():
+        return _read_own
+    if is_deepspeed(path):
+        return _read_zero
+    if is_dcp(path):
+        return _read_dcp
+    if any(is_dcp(path / name) for name in _FSDP):
+        return _read_fsdp
+    if _latest(path) and is_deepspeed(path / (_latest(path) or "")):
+        return None  # weights beside it are a copy in lower precision
+    if weight_files(path):
+        return _read_plain
+    if state_dict_files(path):
+        return _read_plain
+    return None
+
+
+def _read_own(path: Path, _trust_times: bool) -> Source:
+    verified = verify_checkpoint(path, lenient=True)
+    manifest = verified.manifest
+    return Source(
+        path=path,
+        kind=f"bigtrain {manifest.engine} of {manifest.world_size} ranks",
+        index=verified.index,
+        step=manifest.progress.step,
+        sets={MODEL: _weights(verified.index)},
+        find_record=item_records(path, verified.parts),
+        is_own=True,
+    )
+
+
+def _read_zero(path: Path, _trust_times: bool) -> Source:
+    found = read_deepspeed(path)
+    stage = f"ZeRO-{found.stage}" if found.stage else "without ZeRO"
+    return Source(
+        path=path,
+        kind=f"DeepSpeed {stage} of {found.world_size} ranks",
+        index=found.index,
+        step=found.step,
+        sets={MODEL: _weights(found.index)},
+        aliases=found.aliases,
+        find_record=torch_file_records(),
+        check_all=lambda: check_torch_files(found.index.files),
+    )
+
+
+def _read_fsdp(path: Path, trust_times: bool) -> Source:
+    inner = next(path / name for name in _FSDP if is_dcp(path / name))
+    return _read_dcp(inner, trust_times, root=path)
+
+
+def _read_dcp(path: Path, trust_times: bool, *, root: Path | None = None) -> Source:
+    items = read_dcp_items(path)
+    items.check_files()
+    if not trust_times:
+        items.check_times(tolerance_s=_CLOCKS_S)
+    index = read_dcp(path)
+    return Source(
+        path=root or path,
+        kind=f"torch DCP of {len(items.items)} files",
+        index=index,
+        step=_step_of(root or path),
+        sets=_dcp_sets(items.keys, index),
+        find_record=items.records(),
+        check_all=items.check_all,
+    )
+
+
+def _read_plain(path: Path, _trust_times: bool) -> Source:
+    safetensors = weight_files(path)
+    files = safetensors or state_dict_files(path)
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: {', '.join(missing)} missing; its index names them")
+    index = read_safetensors(files) if safetensors else read_state_dict(files)
+    return Source(
+        path=path,
+        kind="safetensors" if safetensors else "torch state dict",
+        index=index,
+        step=_step_of(path),
+        sets={MODEL: _weights(index)},
+        find_record=no_records if safetensors else torch_file_records(),
+        check_all=lambda: 0 if safetensors else check_torch_files(files),
+    )
+
+
+def _weights(index: TensorIndex) -> dict[str, TensorEntry]:
+    return {
+        name: entry for (name, kind), entry in index.entries.items() if kind in (WEIGHT, BUFFER)
+    }
+
+
+def _dcp_sets(keys: Sequence[str], index: TensorIndex) -> dict[str, dict[str, TensorEntry]]:
+    """The sets of weights. `{"model": state_dict}` and a bare state dict both begin a key with
+    `model.` at times: it is a set's name only where every key begins with one."""
+    model_keys = [key for key in keys if key.partition(".")[0] not in _STATE]
+    bare = any(key.partition(".")[0] not in _SETS for key in model_keys)
+    sets: dict[str, dict[str, TensorEntry]] = {}
+    for key in model_keys:
+        root, _, rest = key.partition(".")
+        name, kind = split_key(key)
+        chosen, inner = (MODEL, key) if bare else (root, rest)
+        sets.setdefault(chosen, {})[inner] = index.entry(name, kind)
+    return sets
+
+
+def _latest(path: Path) -> str | None:
+    """What DeepSpeed's `latest` names."""
+    file = path / "latest"
+    try:
+        name = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if name and Path(name).name == name else None
+
+
+def _step_of(path: Path) -> int | None:
+    match = _STEP.search(path.name)
+    return int(match[1]) if match else None
+
+
+def _nothing(path: Path, step: int | None) -> str:
+    steps = sorted({each.step for each in _candidates(path) if each.step is not None})
+    if step is not None and steps:
+        return f"{path} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}"
+    names = [child.name for child in sorted(path.iterdir())][:8]
+    return (
+        f"{path} holds no checkpoint that is known here (bigtrain, DeepSpeed ZeRO, torch DCP, "
+        f"FSDP, safetensors); in it: {', '.join(names) or 'nothing'}"
+    )

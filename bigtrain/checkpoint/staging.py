@@ -1,0 +1,233 @@
+"""A checkpoint's directory comes into being at once, or not at all.
+
+    checkpoint-500.tmp-<run>-<id>    staged: being written
+    checkpoint-500                   committed: renamed, after all of it is on the disk
+    checkpoint-500.old-<run>-<id>    set aside while the same step is committed again
+    checkpoint-500.gone-<run>-<id>   being deleted
+
+`<run>` is a hash of the run's id: a run that starts again clears what its dead attempts left, and
+nothing of anyone else's. An attempt that lives on elsewhere finds its staging gone and fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from pathlib import Path
+
+import xxhash
+
+from bigtrain.checkpoint.manifest import MANIFEST, read_manifest
+from bigtrain.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_NAME = re.compile(r"^checkpoint-(\d+)$")
+_LEFTOVER = re.compile(
+    r"^(?P<target>.+)\.(?P<role>tmp|old|gone)-(?P<run>[0-9a-f]{16})-[0-9a-f]{32}$"
+)
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+
+def new_staging(target: Path, *, run_id: str) -> Path:
+    """A fresh directory beside `target`; one rank makes it and tells the others."""
+    staging = _beside(target, role="tmp", run_id=run_id)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as fault:
+        raise CheckpointError(
+            f"{staging}: can't be made: {fault.strerror}; give an output directory that can be "
+            "written to"
+        ) from fault
+    return staging
+
+
+def commit(staging: Path, target: Path, *, run_id: str) -> None:
+    """Give the finished `staging` its name. Afterwards it survives a loss of power.
+
+    Neither an overwrite nor a rename onto a directory: a step that is reached again sets the old
+    directory aside, which stays whole until the new one is committed.
+    """
+    _sync_tree(staging)
+    aside: Path | None = None
+    if target.exists():
+        aside = _beside(target, role="old", run_id=run_id)
+        target.rename(aside)
+    try:
+        staging.rename(target)
+    except OSError as fault:
+        if aside is not None:
+            aside.rename(target)
+        raise CheckpointError(
+            f"{target}: can't be committed: {fault.strerror}; {staging.name} is gone or not "
+            "ours any more (does another attempt of this run write here?)"
+        ) from fault
+    sync_directory(target.parent)
+    if aside is not None:
+        discard(aside)
+
+
+def clear_leftovers(output_dir: Path, *, run_id: str, keep: Set[Path] = frozenset()) -> None:
+    """Remove what dead attempts of this run left; restore what one of them had set aside."""
+    for path in _leftovers(output_dir):
+        match = _LEFTOVER.match(path.name)
+        if match is None or match["run"] != _tag(run_id) or path in keep:
+            continue
+        target = output_dir / match["target"]
+        if match["role"] == "old" and not target.exists() and (path / MANIFEST).exists():
+            logger.info("%s: restored, its replacement was never committed", target)
+            path.rename(target)
+        else:
+            discard(path)
+
+
+def committed(output_dir: Path) -> list[tuple[int, Path]]:
+    """(step, directory) of what looks committed, by name; the newest first.
+
+    Holds also what was set aside when a run died before it could commit the replacement.
+    """
+    found: list[tuple[int, Path]] = []
+    for path in _subdirectories(output_dir):
+        leftover = _LEFTOVER.match(path.name)
+        name = path.name
+        if leftover and leftover["role"] == "old":
+            name = leftover["target"]
+            if (output_dir / name).exists():
+                continue
+        if match := _NAME.match(name):
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def rotate(
+    output_dir: Path, *, run_id: str, keep: int, protect: Set[Path] = frozenset()
+) -> list[Path]:
+    """Remove the oldest committed checkpoints of this run beyond `keep`; those that went.
+
+    Called on one rank, after a commit. `protect` stay whatever their age, and count.
+    """
+    ours = [path for _, path in committed(output_dir) if _is_of_run(path, run_id)]
+    protected = {path.resolve() for path in protect}
+    spare = len(ours) - max(1, keep)
+    removed: list[Path] = []
+    for path in reversed(ours[1:]):
+        if len(removed) >= spare:
+            break
+        if path.resolve() not in protected:
+            _delete(path, gone=_beside(path, role="gone", run_id=run_id))
+            removed.append(path)
+    return removed
+
+
+def discard(leftover: Path) -> None:
+    """Remove a staging that will not be committed, or what was set aside. It may be gone."""
+    match = _LEFTOVER.match(leftover.name)
+    if match is None:
+        raise ValueError(f"{leftover} is not a staging")
+    gone = f"{match['target']}.gone-{match['run']}-{uuid.uuid4().hex}"
+    _delete(leftover, gone=leftover.with_name(gone))
+
+
+def check_space(directory: Path, *, needed: int) -> None:
+    """Raise unless the file system of `directory` has `needed` bytes free."""
+    free = free_bytes(directory)
+    if needed > free:
+        raise CheckpointError(disk_full(directory, needed=needed, free=free))
+
+
+def free_bytes(directory: Path) -> int:
+    """What an ordinary user can still write there."""
+    system = os.statvfs(directory)
+    return system.f_bavail * system.f_frsize
+
+
+def disk_full(directory: Path, *, needed: int, free: int) -> str:
+    """The message of a checkpoint that doesn't fit."""
+    return (
+        f"no space for the checkpoint in {directory}: it takes {_size(needed)}, {_size(free)} are "
+        "free; free some or lower save_total_limit. Earlier checkpoints are untouched"
+    )
+
+
+@contextmanager
+def naming_full_disk(directory: Path, *, needed: int) -> Iterator[None]:
+    """Turns a write that fails for want of space into an error that says so."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as fault:
+        free = free_bytes(directory)
+        # Libraries hide the cause (safetensors, torch.save): then the space left tells.
+        out_of_space = getattr(fault, "errno", None) in _NO_SPACE or "os error 28" in str(fault)
+        if out_of_space or free < min(needed, 1 << 20):
+            raise CheckpointError(disk_full(directory, needed=needed, free=free)) from fault
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Bring the directory's own entries to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_tree(root: Path) -> None:
+    for path in sorted(root.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_directory(path)
+    sync_directory(root)
+
+
+def _is_of_run(path: Path, run_id: str) -> bool:
+    try:
+        return read_manifest(path).run_id == run_id
+    except CheckpointError:
+        return False
+
+
+def _delete(path: Path, *, gone: Path) -> None:
+    """Delete `path`, which first gets a name under which nobody finds, fills or commits it."""
+    try:
+        path.rename(gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+    if gone.exists():
+        logger.warning("%s: could not be removed whole; remove it by hand", gone)
+
+
+def _beside(target: Path, *, role: str, run_id: str) -> Path:
+    return target.with_name(f"{target.name}.{role}-{_tag(run_id)}-{uuid.uuid4().hex}")
+
+
+def _tag(run_id: str) -> str:
+    return xxhash.xxh3_64_hexdigest(run_id.encode())
+
+
+def _leftovers(output_dir: Path) -> list[Path]:
+    return [path for path in _subdirectories(output_dir) if _LEFTOVER.match(path.name)]
+
+
+def _subdirectories(output_dir: Path) -> list[Path]:
+    try:
+        return sorted(path for path in output_dir.iterdir() if path.is_dir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _size(count: int) -> str:
+    size, unit = float(count), "bytes"
+    for larger in ("KB", "MB", "GB", "TB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"

@@ -1,0 +1,223 @@
+"""Reads what `torch.save` wrote, without torch and without running its pickle.
+
+The file is an uncompressed zip: `…/data.pkl` holds the structure, in which every tensor is a
+reference to `…/data/<key>`, its raw storage. A `.distcp` file is many such zips one after another.
+https://docs.pytorch.org/docs/stable/notes/serialization.html
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigtrain.checkpoint.dtypes import BY_STORAGE, DTYPES, DType
+from bigtrain.checkpoint.inert import InertUnpickler, load, read_name
+from bigtrain.errors import CheckpointError
+
+_LOCAL_HEADER = struct.Struct("<4s22xHH")
+"""Signature, and the lengths of name and extra field; the payload follows those two."""
+
+
+class TensorRef(NamedTuple):
+    """Where the elements of one tensor lie in its file."""
+
+    file: Path
+    offset: int
+    """Of the first element, in bytes from the file's beginning."""
+    dtype: DType
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """In elements."""
+
+
+class _Storage(NamedTuple):
+    offset: int
+    nbytes: int
+    dtype: DType | None
+    """None: untyped, so that the tensor on it has to say."""
+
+
+class Archive:
+    """One `torch.save` zip, at `offset` of a file."""
+
+    def __init__(self, path: Path, *, offset: int = 0, length: int | None = None) -> None:
+        self.path = path
+        self._offset = offset
+        self._length = path.stat().st_size - offset if length is None else length
+
+    def read(self) -> Any:
+        """The saved object, with a `TensorRef` for every tensor and stubs for foreign classes."""
+        with self._opened() as (zipped, stream):
+            records = _records(zipped)
+            if "data.pkl" not in records:
+                raise CheckpointError(f"{self.path}: not a file of torch.save (it has no data.pkl)")
+            unpickler = InertUnpickler(
+                io.BytesIO(self._content(zipped, records["data.pkl"])),
+                names={
+                    ("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, self.path),
+                    ("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, self.path),
+                    ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+                    ("torch._tensor", "_rebuild_from_type_v2"): lambda make, _, args, __: make(
+                        *args
+                    ),
+                },
+                persistent=lambda pid: self._storage(pid, records, stream),
+            )
+            return load(unpickler, path=self.path)
+
+    def first_damaged(self) -> str | None:
+        """The first record whose CRC-32 is wrong; None when all are right."""
+        with self._opened() as (zipped, _):
+            return zipped.testzip()
+
+    def _content(self, zipped: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
+        if record.compress_type:
+            raise CheckpointError(f"{self.path}: is compressed, which torch.save never does")
+        try:
+            return zipped.read(record)
+        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as fault:
+            raise CheckpointError(f"{self.path}: is damaged ({fault})") from fault
+
+    def checksums(self) -> list[tuple[int, int, int | None]]:
+        """(first byte, byte after the last, CRC-32) of every storage, as places in the file.
+
+        The CRC is None where torch was told not to compute any (`set_crc32_options(False)`).
+        """
+        with self._opened() as (zipped, stream):
+            infos = zipped.infolist()
+            are_stored = any(info.CRC for info in infos)
+            found = []
+            for name, info in _records(zipped).items():
+                if name.startswith("data/"):
+                    start = self._payload_offset(info, stream)
+                    stop = start + info.file_size
+                    found.append((start, stop, info.CRC if are_stored else None))
+            return found
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[zipfile.ZipFile, _Section]]:
+        with self.path.open("rb") as file:
+            section = _Section(file.fileno(), self._offset, self._length)
+            try:
+                zipped = zipfile.ZipFile(section)
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as fault:
+                raise CheckpointError(
+                    f"{self.path}: no whole torch.save zip at byte {self._offset} ({fault}); "
+                    "the file is cut off or damaged"
+                ) from fault
+            with zipped:
+                yield zipped, section
+
+    def _storage(self, pid: Any, records: dict[str, zipfile.ZipInfo], stream: _Section) -> _Storage:
+        try:
+            tag, storage_type, key, _, numel = pid
+            record = records[f"data/{key}"]
+        except (TypeError, ValueError, KeyError):
+            raise CheckpointError(f"{self.path}: no storage for the reference {pid!r}") from None
+        dtype = BY_STORAGE.get((read_name(storage_type) or "").rpartition(".")[2])
+        nbytes = numel * (dtype.itemsize if dtype else 1)
+        if tag != "storage" or record.compress_type or nbytes > record.file_size:
+            raise CheckpointError(
+                f"{self.path}: storage {key} is {record.file_size} bytes, not the {nbytes} that "
+                "its tensors need"
+            )
+        return _Storage(self._payload_offset(record, stream), nbytes, dtype)
+
+    def _payload_offset(self, record: zipfile.ZipInfo, stream: _Section) -> int:
+        stream.seek(record.header_offset)
+        header = stream.read(_LOCAL_HEADER.size)
+        signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
+        if signature != b"PK\x03\x04":
+            raise CheckpointError(f"{self.path}: no record at byte {record.header_offset}")
+        within = record.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+        return self._offset + within
+
+
+def _records(zipped: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The zip's records without the archive's own name before each."""
+    return {info.filename.partition("/")[2]: info for info in zipped.infolist()}
+
+
+def _rebuild(
+    path: Path,
+    storage: _Storage,
+    storage_offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _requires_grad: bool = False,
+    _hooks: Any = None,
+    dtype_name: Any = None,
+    _metadata: Any = None,
+) -> TensorRef:
+    """What `torch._utils._rebuild_tensor_v2` (and v3, which names the dtype) would make."""
+    dtype = storage.dtype or DTYPES.get((read_name(dtype_name) or "").removeprefix("torch."))
+    if dtype is None:
+        raise CheckpointError(f"{path}: a tensor of unknown type {dtype_name!r}")
+    shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+    _check_bounds(path, storage, storage_offset, shape, strides, dtype)
+    return TensorRef(
+        file=path,
+        offset=storage.offset + storage_offset * dtype.itemsize,
+        dtype=dtype,
+        shape=shape,
+        strides=strides,
+    )
+
+
+def _check_bounds(
+    path: Path,
+    storage: _Storage,
+    storage_offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: DType,
+) -> None:
+    if 0 in shape:
+        return
+    numbers = (storage_offset, *shape, *strides)
+    last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    needed = (storage_offset + last + 1) * dtype.itemsize
+    if min(numbers) < 0 or needed > storage.nbytes:
+        raise CheckpointError(
+            f"{path}: a tensor of shape {shape} reaches outside its storage of "
+            f"{storage.nbytes} bytes"
+        )
+
+
+class _Section(io.RawIOBase):
+    """Bytes [offset, offset + length) of an open file, as a file of their own."""
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        super().__init__()
+        self._fd, self._offset, self._length = fd, offset, length
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        if base + offset < 0:
+            raise OSError(f"seek to byte {base + offset}")
+        self._at = base + offset
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self._length - self._at)
+        wanted = left if size is None or size < 0 else min(size, left)
+        data = os.pread(self._fd, wanted, self._offset + self._at)
+        self._at += len(data)
+        return data

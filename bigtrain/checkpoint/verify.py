@@ -1,0 +1,96 @@
+"""Is this checkpoint whole, and is it what was written?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.checkpoint.blocks import BLOCK_BYTES, FileDigest, FileReader
+from bigtrain.checkpoint.formats.committed import read_committed
+from bigtrain.checkpoint.index import TensorIndex
+from bigtrain.checkpoint.manifest import Manifest, Part, read_manifest, read_parts
+from bigtrain.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_STATE_SUFFIXES = (".distcp", ".safetensors", ".pt", ".pth", ".metadata")
+_STATE_NAMES = ("trainer_state.json", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One file that is not as it was written."""
+
+    path: Path
+    message: str
+    is_state: bool
+    """Whether training goes on from it. Others (config, tokenizer) a user may have edited."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """A checkpoint whose manifest holds, with what was read of it on the way."""
+
+    manifest: Manifest
+    parts: tuple[Part, ...]
+    index: TensorIndex
+    digests: dict[Path, FileDigest]
+    """Of every file, by its path."""
+
+
+def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = False) -> Verified:
+    """Raise CheckpointError unless the checkpoint holds.
+
+    Checks the manifest, that all files are there in their size, the hashes of those of one block,
+    and that the tensors are tiled without gap or overlap; with `deep`, all hashes. (Otherwise the
+    larger files' are checked when they are read.) `lenient` only warns of edited files from which
+    training does not go on.
+    """
+    manifest = read_manifest(checkpoint)
+    parts = tuple(read_parts(checkpoint, manifest=manifest))
+    faults = list(find_faults(checkpoint, parts, deep=deep))
+    for fault in faults:
+        if lenient and not fault.is_state:
+            logger.warning("%s; resuming all the same", fault.message)
+    grave = [fault.message for fault in faults if fault.is_state or not lenient]
+    if grave:
+        raise CheckpointError("\n".join(grave))
+    index = read_committed(checkpoint, manifest=manifest, parts=parts)
+    try:
+        index.check_tiling()
+    except CheckpointError as fault:
+        raise CheckpointError(f"{checkpoint}: {fault}") from fault
+    digests = {checkpoint / name: digest for part in parts for name, digest in part.files.items()}
+    return Verified(manifest=manifest, parts=parts, index=index, digests=digests)
+
+
+def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Iterator[Fault]:
+    """The files that are missing, of another size, or (where hashed) of other content."""
+    for part in parts:
+        for name, digest in part.files.items():
+            message = _fault_of(checkpoint / name, digest, hashed=deep)
+            if message is not None:
+                yield Fault(path=checkpoint / name, message=message, is_state=_is_state(name))
+
+
+def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
+    if not path.is_file():
+        return f"{path}: is missing"
+    try:
+        reader = FileReader(path, digest)
+    except CheckpointError as fault:
+        return str(fault)
+    try:
+        if hashed or digest.size <= BLOCK_BYTES:
+            reader.check()
+    except CheckpointError as fault:
+        return str(fault)
+    finally:
+        reader.close()
+    return None
+
+
+def _is_state(name: str) -> bool:
+    return name.endswith(_STATE_SUFFIXES) or name in _STATE_NAMES

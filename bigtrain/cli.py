@@ -1,0 +1,281 @@
+"""The command line: parse, call, print, exit code. Nothing is decided here.
+
+Only this module catches `BigtrainError`: its message goes to stderr without a traceback. Whatever
+takes long to import is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from bigtrain.errors import BigtrainError, ConfigError
+
+if TYPE_CHECKING:
+    from bigtrain.layers import Override
+    from bigtrain.plan import RunPlan
+
+_ENGINES = "auto, single, ddp, fsdp, zero1, zero2 or zero3"
+
+app = typer.Typer(
+    name="bigtrain",
+    help="Train Hugging Face models on one process or many: a run file in, a model out.",
+    epilog="bigtrain COMMAND --help shows each command's flags and examples.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Target = Annotated[
+    str, typer.Argument(metavar="TARGET", help="A run file (.yaml) or a training script (.py).")
+]
+ScriptArgs = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="ARGS", help="A script's own arguments, after --."),
+]
+Engine = Annotated[
+    str | None, typer.Option("--engine", metavar="NAME", help=f"The engine: {_ENGINES}.")
+]
+Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", help="Machines. Default: 1.")]
+ProcsPerNode = Annotated[
+    int | None,
+    typer.Option("--procs-per-node", metavar="N", help="Processes. Default: one per GPU, else 1."),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="A value that wins over the run file's. Repeat."
+    ),
+]
+OutputDir = Annotated[
+    str | None, typer.Option("--output-dir", metavar="DIR", help="Default: runs/<name>.")
+]
+Env = Annotated[
+    list[str] | None,
+    typer.Option("--env", metavar="NAME=VALUE", help="A variable for the processes. Repeat."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def main() -> NoReturn:
+    """Run the command line and leave with its exit code."""
+    try:
+        sys.exit(app(prog_name="bigtrain"))
+    except BigtrainError as error:
+        typer.echo(error_text(error), err=True)
+        sys.exit(error.exit_code)
+
+
+def error_text(error: BigtrainError) -> str:
+    """`error: what`, or a list where there are several faults."""
+    faults = error.faults if isinstance(error, ConfigError) else (str(error),)
+    if len(faults) == 1:
+        return f"error: {faults[0]}"
+    return "\n".join((f"error: {len(faults)} faults", *(f"  {fault}" for fault in faults)))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from bigtrain import __version__
+
+        typer.echo(f"bigtrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    """Options of `bigtrain` itself."""
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  bigtrain launch configs/quickstart.yaml --procs-per-node 2\n"
+    "  bigtrain launch run.yaml --engine zero3 --set training.max_steps=100\n"
+    "  bigtrain launch train.py --procs-per-node 4 -- --learning-rate 1e-4"
+)
+def launch(
+    target: Target,
+    script_args: ScriptArgs = None,
+    engine: Engine = None,
+    procs_per_node: ProcsPerNode = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on. Default: auto."),
+    ] = None,
+    max_restarts: Annotated[
+        int | None,
+        typer.Option("--max-restarts", metavar="N", help="Starts anew after a failure."),
+    ] = None,
+    env: Env = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--start",
+            metavar="fork|fresh",
+            help="One import for all processes, or an interpreter each.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan and the commands; start nothing.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on this machine: a run file, or a script of your own."""
+    flags = {
+        "engine.name": ("--engine", engine),
+        "cluster.procs_per_node": ("--procs-per-node", procs_per_node),
+        "output_dir": ("--output-dir", output_dir),
+        "cluster.max_restarts": ("--max-restarts", max_restarts),
+        "cluster.start": ("--start", start),
+    }
+    with _faults_told(as_json=as_json):
+        made = _make_plan(
+            target,
+            script_args=script_args,
+            overrides=_overrides(set_, env, flags),
+            resume=resume,
+            is_rehearsal=False,
+        )
+        if dry_run:
+            _show(made, as_json=as_json, with_commands=True)
+            return
+        exit_code = _start(made, as_json=as_json)
+    raise typer.Exit(exit_code)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  bigtrain plan configs/quickstart.yaml\n"
+    "  bigtrain plan run.yaml --nodes 4 --procs-per-node 8 --engine zero3 --json"
+)
+def plan(
+    target: Target,
+    engine: Engine = None,
+    nodes: Nodes = None,
+    procs_per_node: ProcsPerNode = None,
+    set_: Set = None,
+    output_dir: OutputDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what would run, where each value comes from, and what becomes of every argument."""
+    flags = {
+        "engine.name": ("--engine", engine),
+        "cluster.nodes": ("--nodes", nodes),
+        "cluster.procs_per_node": ("--procs-per-node", procs_per_node),
+        "output_dir": ("--output-dir", output_dir),
+    }
+    with _faults_told(as_json=as_json):
+        made = _make_plan(
+            target,
+            script_args=None,
+            overrides=_overrides(set_, None, flags),
+            resume=None,
+            is_rehearsal=True,
+        )
+        _show(made, as_json=as_json, with_commands=False)
+
+
+@contextmanager
+def _faults_told(*, as_json: bool) -> Iterator[None]:
+    """With `--json` a fault is a line of JSON on stdout, as everything else is then."""
+    try:
+        yield
+    except BigtrainError as error:
+        if not as_json:
+            raise
+        from bigtrain.console import open_console
+
+        open_console(as_json=True).fail(error_text(error))
+        raise typer.Exit(error.exit_code) from None
+
+
+def _overrides(
+    assignments: list[str] | None,
+    variables: list[str] | None,
+    flags: Mapping[str, tuple[str, str | int | None]],
+) -> tuple[Override, ...]:
+    """`--set` and flags as one list, flags last so that they win."""
+    from bigtrain.layers import Override, parse_assignment
+
+    found = [parse_assignment(text) for text in assignments or ()]
+    found += [
+        Override(key=key, value=value, origin=f"flag {flag}")
+        for key, (flag, value) in flags.items()
+        if value is not None
+    ]
+    for text in variables or ():
+        name, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--env {text}: write NAME=VALUE")
+        found.append(Override(key=f"cluster.env.{name}", value=value, origin="flag --env"))
+    return tuple(found)
+
+
+def _make_plan(
+    target: str,
+    *,
+    script_args: list[str] | None,
+    overrides: tuple[Override, ...],
+    resume: str | None,
+    is_rehearsal: bool,
+) -> RunPlan:
+    from bigtrain.planning import Request, Surroundings, make_plan
+
+    request = Request(
+        target=target, script_args=tuple(script_args or ()), overrides=overrides, resume=resume
+    )
+    surroundings = Surroundings(
+        environment=os.environ, working_dir=Path.cwd(), is_rehearsal=is_rehearsal
+    )
+    return make_plan(request, surroundings)
+
+
+def _show(plan: RunPlan, *, as_json: bool, with_commands: bool) -> None:
+    from bigtrain.cluster import local
+    from bigtrain.plan_report import report
+
+    commands = local.describe(plan) if with_commands else []
+    if as_json:
+        shown = json.loads(plan.to_json())
+        typer.echo(json.dumps(shown | ({"commands": commands} if commands else {}), indent=2))
+        return
+    typer.echo(report(plan))
+    if commands:
+        typer.echo("\n".join(("", "Commands", *(f"  {line}" for line in commands))))
+
+
+def _start(plan: RunPlan, *, as_json: bool) -> int:
+    """Record the plan, run it, and return the exit code of its ranks."""
+    from bigtrain.cluster import local
+    from bigtrain.console import open_console
+    from bigtrain.plan import write_plan
+    from bigtrain.planning.output_dir import plan_path
+
+    path = plan_path(plan)
+    write_plan(plan, path)
+    console = open_console(as_json=as_json)
+    why = plan.origins.get("engine.name", "")
+    console.say(f"engine {plan.engine.name}{f' ({why})' if 'auto' in why else ''}, plan {path}")
+    return local.launch(plan, path, console=console)
+
+
+if __name__ == "__main__":
+    main()

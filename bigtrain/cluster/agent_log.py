@@ -1,0 +1,23 @@
+"""The agent's own diary: `agent.log`, one dated line per thing that happened."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TextIO
+
+
+class AgentLog:
+    """Appends lines; each is on its way to the disk when `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, text: str) -> None:
+        now = time.time()
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        for line in text.splitlines():
+            self._file.write(f"{stamp}.{int(now % 1 * 1000):03d} {line}\n")
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,81 @@
+"""The variables that the processes of a run start with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bigtrain.cluster.layout import NodeLogs
+from bigtrain.plan import PLAN_VARIABLE, RunPlan
+
+LOG_DIR_VARIABLE = "BIGTRAIN_LOG_DIR"
+RESTART_VARIABLE = "BIGTRAIN_RESTART_COUNT"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """This node in the run, and where the run's store is."""
+
+    node_rank: int
+    store_host: str
+    store_port: int
+
+
+def for_node(plan: RunPlan, *, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What is read when a module is imported, and so must be there before the fork server."""
+    return {
+        # DeepSpeed's import asks how many GPUs there are; these two keep that from starting CUDA.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "DS_ACCELERATOR": plan.device,
+        "OMP_NUM_THREADS": str(plan.threads_per_rank),
+        **_library_defaults(plan),
+        **inherited,
+        **plan.environment,
+    }
+
+
+def for_rank(
+    plan: RunPlan, *, plan_path: str, local_rank: int, place: Place, logs: NodeLogs, restarts: int
+) -> dict[str, str]:
+    """What differs between ranks, nodes and restarts: torch elastic's names, and our own."""
+    procs, world = plan.topology.procs_per_node, plan.topology.world_size
+    rank = place.node_rank * procs + local_rank
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(procs),
+        "GROUP_RANK": str(place.node_rank),
+        "GROUP_WORLD_SIZE": str(plan.topology.nodes),
+        "ROLE_RANK": str(rank),
+        "ROLE_WORLD_SIZE": str(world),
+        "ROLE_NAME": "default",
+        "MASTER_ADDR": place.store_host,
+        "MASTER_PORT": str(place.store_port),
+        # The store is served by the launcher: rank 0 must connect to it and not open its own.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(restarts),
+        "TORCHELASTIC_MAX_RESTARTS": str(plan.max_restarts),
+        "TORCHELASTIC_RUN_ID": f"{plan.name}-{plan.attempt:02d}",
+        PLAN_VARIABLE: plan_path,
+        LOG_DIR_VARIABLE: str(logs.directory),
+        RESTART_VARIABLE: str(restarts),
+        **_flight_recorder(plan, logs),
+    }
+
+
+def _library_defaults(plan: RunPlan) -> dict[str, str]:
+    """On one node gloo goes through the loopback: a host name need not resolve."""
+    return {"GLOO_SOCKET_IFNAME": "lo"} if plan.topology.nodes == 1 else {}
+
+
+def _flight_recorder(plan: RunPlan, logs: NodeLogs) -> dict[str, str]:
+    """NCCL's record of the last collectives, written beside the logs when one hangs."""
+    if plan.device != "cuda":
+        return {}
+    defaults = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(logs.directory / "nccl-trace-rank-"),
+    }
+    return {name: value for name, value in defaults.items() if name not in plan.environment}

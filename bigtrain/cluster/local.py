@@ -1,0 +1,92 @@
+"""A run on this machine alone."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+from bigtrain.cluster import environment
+from bigtrain.cluster.agent import Agent
+from bigtrain.cluster.environment import Place
+from bigtrain.cluster.layout import NodeLogs
+from bigtrain.console import Console
+from bigtrain.errors import LaunchError, UnsupportedError
+from bigtrain.plan import RunPlan
+
+
+def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
+    """Run all ranks of `plan` here; returns the exit code when none of them is left.
+
+    The console has been told of failures of ranks by then. Call it in the main thread of a
+    process that has no other children. Raises LaunchError when the ranks can't be started.
+    """
+    _check_platform(plan)
+    _check_places(plan)
+    console.say(_start_line(plan))
+    try:
+        return Agent(
+            plan,
+            plan_path=plan_path.resolve(),
+            console=console,
+            inherited=os.environ,
+            host=platform.node(),
+        ).run()
+    finally:
+        console.close()
+
+
+def describe(plan: RunPlan) -> list[str]:
+    """What `launch` would start: one line for the node, one for every rank."""
+    logs = NodeLogs.of(
+        output_dir=plan.output_dir, attempt=plan.attempt, node_rank=0, host=platform.node()
+    )
+    lines = [_start_line(plan), f"logs: {logs.directory}"]
+    if plan.start_method == "fork" and plan.preload:
+        lines.append(f"imported once: {', '.join(plan.preload)}")
+    place = Place(node_rank=0, store_host="127.0.0.1", store_port=0)
+    for local_rank in range(plan.topology.procs_per_node):
+        variables = environment.for_rank(
+            plan, plan_path="", local_rank=local_rank, place=place, logs=logs, restarts=0
+        )
+        shown = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        prefix = " ".join(f"{name}={variables[name]}" for name in shown)
+        lines.append(f"{prefix} {shlex.join(_equivalent_command(plan))}")
+    return lines
+
+
+def _start_line(plan: RunPlan) -> str:
+    procs, threads = plan.topology.procs_per_node, plan.threads_per_rank
+    how = f"start: {plan.start_method}" + (f" ({plan.start_reason})" if plan.start_reason else "")
+    return (
+        f"{plan.name}: {procs} rank{'s' * (procs > 1)} on {platform.node()}, {plan.device}, "
+        f"{threads} thread{'s' * (threads > 1)} each, {how}"
+    )
+
+
+def _equivalent_command(plan: RunPlan) -> list[str]:
+    if plan.kind == "script":
+        return [sys.executable, plan.source, *plan.script_args]
+    return [sys.executable, "-m", "bigtrain.worker"]
+
+
+def _check_platform(plan: RunPlan) -> None:
+    if not sys.platform.startswith("linux"):
+        raise UnsupportedError(
+            f"bigtrain launch needs Linux, and this is {sys.platform}; "
+            f"run one process without it: python -m bigtrain.worker {plan.source}"
+        )
+    if plan.topology.nodes > 1:
+        raise UnsupportedError(
+            f"the plan is for {plan.topology.nodes} nodes, and this machine is one; "
+            "use --nodes 1, or start it on a cluster"
+        )
+
+
+def _check_places(plan: RunPlan) -> None:
+    if plan.kind == "script" and not Path(plan.source).is_file():
+        raise LaunchError(f"there is no script {plan.source}")
+    if not Path(plan.working_dir).is_dir():
+        raise LaunchError(f"the working directory {plan.working_dir} does not exist")

@@ -1,0 +1,34 @@
+"""Messages between the agent and its fork server: JSON and open files over a Unix socket.
+
+The socket is of type SEQPACKET, so that one `send` is one `receive` and open files can't be
+taken for those of another message.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_LARGEST_MESSAGE = 1 << 20
+_MOST_FILES = 4
+
+
+def connected_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a private connection; neither is inherited unless it is passed on."""
+    ends = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in ends:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _LARGEST_MESSAGE)
+    return ends
+
+
+def send(end: socket.socket, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
+    """Hand over a message and copies of open files. OSError when the other end is gone."""
+    socket.send_fds(end, [json.dumps(message).encode()], files)
+
+
+def receive(end: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """The next message and its files, which are the caller's to close; None: the other end left."""
+    data, files, _, _ = socket.recv_fds(end, _LARGEST_MESSAGE, _MOST_FILES, socket.MSG_CMSG_CLOEXEC)
+    return (json.loads(data) if data else None), files

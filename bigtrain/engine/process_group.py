@@ -1,0 +1,76 @@
+"""Joining and leaving the process group that all ranks share.
+
+torch is imported when a rank joins; the pure parts are for processes that never do.
+"""
+
+from __future__ import annotations
+
+import atexit
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bigtrain.errors import LaunchError
+from bigtrain.topology import RankInfo
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_TIMEOUT_S = 1800
+"""torch's own default for gloo, and TrainingArguments' for `ddp_timeout`."""
+
+
+def join(world: RankInfo, *, device: torch.device, timeout_s: float = DEFAULT_TIMEOUT_S) -> bool:
+    """Make this rank a member of the default process group; False if it already was one.
+
+    Ranks meet at the store that MASTER_ADDR and MASTER_PORT name, as launchers set them; a rank
+    that is alone needs none. On GPUs the group has two backends, so that what lies in host memory
+    (checkpoints' tables, agreements) needs no detour over the device. The interpreter leaves the
+    group at its exit if nobody did before: a member that just vanishes can die by SIGABRT. A group
+    is joined once in a process: DeepSpeed keeps subgroups that outlive no second one.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch._C._distributed_c10d import HashStore
+
+    if dist.is_initialized():
+        return False
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            store=HashStore() if world.world_size == 1 else None,
+        )
+    except (ValueError, dist.DistError) as error:
+        raise LaunchError(
+            f"rank {world.rank} of {world.world_size} ({world.source}) could not join the others: "
+            f"{error}; start all ranks with bigtrain launch, torchrun or srun"
+        ) from error
+    atexit.register(leave)
+    return True
+
+
+def leave() -> None:
+    """Leave the default process group, if this rank is in one."""
+    import torch.distributed as dist
+
+    atexit.unregister(leave)
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def nccl_environment(dump_dir: Path) -> dict[str, str]:
+    """Variables that make NCCL's flight recorder keep the last collectives of every rank, and
+    write them to `dump_dir` when one times out.
+
+    https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
+    """
+    return {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(dump_dir / "nccl-trace-rank-"),
+    }

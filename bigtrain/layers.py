@@ -1,0 +1,130 @@
+"""A run file, `--set` and flags laid over each other: one tree that knows where each value is from.
+
+Faults are collected here too, so that all of them can be told at once, each with its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bigtrain.errors import ConfigError
+from bigtrain.run_file import KeyPath, RunFile, parse_value
+
+# `engine: fsdp` is short for `engine: {name: fsdp}`.
+_SHORTHANDS: Mapping[str, str] = {
+    "engine": "name",
+    "model": "name",
+    "tokenizer": "name",
+    "data": "name",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """A value that wins over the run file's: `key` is dotted, as in `engine.shard`."""
+
+    key: str
+    value: Any
+    origin: str
+
+
+def parse_assignment(text: str) -> Override:
+    """`section.key=value`, as `--set` is given, with the value in YAML."""
+    key, separator, value = text.partition("=")
+    key = key.strip()
+    if not separator or not all(key.split(".")):
+        raise ConfigError(f"--set {text}: write section.key=value, as in engine.name=fsdp")
+    return Override(key=key, value=parse_value(value, label=f"--set {key}"), origin="--set")
+
+
+class Layers:
+    """The tree, the origin of each of its keys, and the faults found so far."""
+
+    def __init__(self, *, label: str) -> None:
+        self.values: dict[str, Any] = {}
+        self.origins: dict[str, str] = {}
+        """Dotted key → `run.yaml:12`, `--set`, `flag --engine`."""
+        self._label = label
+        self._faults: list[str] = []
+
+    @classmethod
+    def of_file(cls, file: RunFile) -> Layers:
+        layers = cls(label=file.label)
+        layers._faults.extend(file.faults)
+        for path, line in file.lines.items():
+            layers.origins[".".join(path)] = f"{file.label}:{line}"
+        for key, value in file.values.items():
+            layers.values[key] = layers._expanded((key,), value, f"{key}")
+        return layers
+
+    def put(self, override: Override) -> None:
+        """Set one value; a mapping that was there is replaced as a whole."""
+        path = tuple(override.key.split("."))
+        value = self._expanded(path, override.value, override.key)
+        self._forget(override.key)
+        self._remember(path, value, override.origin)
+        branch = self.values
+        for key in path[:-1]:
+            inner = branch.get(key)
+            branch[key] = dict(inner) if isinstance(inner, Mapping) else {}
+            branch = branch[key]
+        branch[path[-1]] = value
+
+    def fault(self, path: KeyPath, what: str) -> None:
+        """Note what is wrong with the value at `path`, and how to mend it."""
+        key = ".".join(path)
+        place = f"{self.origin(path)}: {key}" if key else self._label
+        self._faults.append(f"{place}: {what}")
+
+    def origin(self, path: KeyPath) -> str:
+        """Where the key, or else the nearest one around it, was said."""
+        for length in range(len(path), 0, -1):
+            found = self.origins.get(".".join(path[:length]))
+            if found is not None:
+                return found
+        return self._label
+
+    def raise_faults(self) -> None:
+        """ConfigError with all faults, in the order of the file's lines, if there are any."""
+        if self._faults:
+            raise ConfigError(sorted(self._faults, key=_by_line))
+
+    def _expanded(self, path: KeyPath, value: Any, key: str) -> Any:
+        inner = _SHORTHANDS.get(path[0]) if len(path) == 1 else None
+        if inner is None or not isinstance(value, str):
+            return value
+        self.origins[f"{key}.{inner}"] = self.origins.get(key, self._label)
+        return {inner: value}
+
+    def _forget(self, key: str) -> None:
+        for old in [old for old in self.origins if old == key or old.startswith(f"{key}.")]:
+            del self.origins[old]
+
+    def _remember(self, path: KeyPath, value: Any, origin: str) -> None:
+        for key in _leaves(path, value):
+            self.origins[key] = origin
+        for length in range(1, len(path)):  # the sections around it, where they are new
+            self.origins.setdefault(".".join(path[:length]), origin)
+
+
+def lay(file: RunFile | None, overrides: Sequence[Override], *, label: str) -> Layers:
+    """The file's values with `overrides` on top; of two for the same key the last one wins."""
+    layers = Layers.of_file(file) if file is not None else Layers(label=label)
+    for override in overrides:
+        layers.put(override)
+    return layers
+
+
+def _leaves(path: KeyPath, value: Any) -> Iterator[str]:
+    yield ".".join(path)
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves((*path, key), inner)
+
+
+def _by_line(fault: str) -> tuple[str, int]:
+    place = fault.split(": ", 1)[0]
+    label, _, line = place.rpartition(":")
+    return (label, int(line)) if line.isdigit() else (place, 0)

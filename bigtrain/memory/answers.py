@@ -1,0 +1,151 @@
+"""The process that answers `questions`: one question as JSON on stdin, its answer on stdout.
+
+`{"kind": "shapes", "config" | "name", …}`: every parameter's name, shape and dtype, from the model
+on the meta device. `{"kind": "trace", …}`: the activations of one micro-batch, from the real model
+on fake tensors: no memory is taken, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bigtrain.memory.live_bytes import LiveBytes
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main() -> None:
+    """Answer the one question on stdin."""
+    question = json.load(sys.stdin)
+    answers: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
+        "shapes": _shapes,
+        "trace": _trace,
+    }
+    sys.stdout.write("\n" + json.dumps(answers[question["kind"]](question)) + "\n")
+
+
+def _shapes(question: Mapping[str, Any]) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = _make_model(question)
+    parameters = [
+        {
+            "name": name,
+            "shape": list(parameter.shape),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "trained": parameter.requires_grad,
+        }
+        for name, parameter in model.named_parameters()
+    ]
+    return {"parameters": parameters, "config": _plain(model.config.to_dict())}
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = (int, float, str, bool, type(None))
+    plain = {key: value for key, value in config.items() if isinstance(value, kept)}
+    inner = config.get("text_config")
+    return {**plain, "text_config": _plain(inner)} if isinstance(inner, Mapping) else plain
+
+
+def _make_model(question: Mapping[str, Any], **options: Any) -> Any:
+    dtype = _DTYPES.get(question.get("dtype") or "")
+    if question.get("config"):
+        fields = dict(question["config"])
+        config = CONFIG_MAPPING[fields.pop("model_type")](**fields)
+    else:
+        config = AutoConfig.from_pretrained(
+            question["name"], revision=question.get("revision") or "main"
+        )
+    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    return AutoModelForCausalLM.from_config(config, dtype=dtype or stored, **options)
+
+
+def _trace(question: Mapping[str, Any]) -> dict[str, Any]:
+    compute = _DTYPES[question["compute_dtype"]]
+    options = {}
+    if question.get("attn_implementation"):
+        options["attn_implementation"] = question["attn_implementation"]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = _make_model({**question, "dtype": question["weights_dtype"]}, **options)
+        model.config.use_cache = False
+        if question["recompute"]:
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        _freeze(model, question.get("trained_pattern"))
+        autocast = question["autocast"]
+        context = torch.autocast("cpu", dtype=compute) if autocast else nullcontext()
+        meter = _Meter(model)
+        size = (question["sequences"], question["sequence_length"])
+        with meter:
+            ids = torch.zeros(size, dtype=torch.int64)
+            with context:
+                loss = model.train()(input_ids=ids, labels=ids).loss
+            loss.backward()
+    return {"head": meter.peaks[-1], "layers": meter.peaks[:-1], "fixed": 2 * ids.nbytes}
+
+
+def _freeze(model: nn.Module, trained: str | None) -> None:
+    if trained is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained in name)
+        model.enable_input_require_grads()  # type: ignore[operator]
+
+
+class _Meter(LiveBytes):
+    """Live bytes of all that is made while it is on, but for the parameters' gradients.
+
+    `peaks[k]` is the most during the backward pass of layer k, `peaks[-1]` the most before it
+    reaches the last layer: in the forward pass and in the head.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        layers = _layers(model)
+        self.peaks = [0] * (len(layers) + 1)
+        self._phase = len(layers)
+        for parameter in model.parameters():
+            self.forget(parameter)
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._subtract)
+        for index, layer in enumerate(layers):
+            layer.register_forward_hook(self._watch(index))
+
+    def changed(self) -> None:
+        self.peaks[self._phase] = max(self.peaks[self._phase], self.live)
+
+    def _subtract(self, parameter: Tensor) -> None:
+        """A gradient is the engine's to count."""
+        if parameter.grad is not None:
+            self.forget(parameter.grad)
+
+    def _watch(self, index: int) -> Callable[[Any, Any, Any], None]:
+        def enter(_: Tensor) -> None:
+            self._phase = index
+            self.changed()
+
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if hidden.requires_grad:
+                hidden.register_hook(enter)
+
+        return hook
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    found = max(lists, key=lambda members: sum(p.numel() for p in members.parameters()))
+    return list(found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The memory of one rank: what lasts, what comes and goes, the peak, and what is left of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from bigtrain.memory.activations import (
+    ActivationTimeline,
+    Batch,
+    FormulaActivations,
+    activation_bytes,
+)
+from bigtrain.memory.optimizers import optimizer_shape
+from bigtrain.memory.shapes import BYTES, ModelShapes
+from bigtrain.memory.state import Placement, StateBytes, state_bytes
+from bigtrain.memory.timeline import Moment, Step, moments
+from bigtrain.topology import Topology
+from bigtrain.translate.config import EngineConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Whose memory is asked for. `training`: TrainingArguments that were said or derived."""
+
+    shapes: ModelShapes
+    config: EngineConfig
+    topology: Topology
+    device: Literal["cpu", "cuda"]
+    training: Mapping[str, Any]
+    sequence_length: int
+
+    @property
+    def recompute(self) -> bool:
+        return bool(
+            self.training.get("gradient_checkpointing")
+            or self.training.get("activation_checkpointing")
+        )
+
+    @property
+    def accumulation(self) -> int:
+        return int(self.training.get("gradient_accumulation_steps") or 1)
+
+    def placement(self) -> Placement:
+        optim = str(self.training.get("optim") or "adamw_torch_fused")
+        return Placement(
+            config=self.config, topology=self.topology, optimizer=optimizer_shape(optim)
+        )
+
+    def batch(self) -> Batch:
+        compute = BYTES[self.config.compute_dtype]
+        whole = self.config.name in ("single", "ddp")
+        return Batch(
+            sequences=int(self.training.get("per_device_train_batch_size") or 8),
+            sequence_length=self.sequence_length,
+            compute_bytes=compute,
+            is_autocast=whole and compute < BYTES[self.config.master_dtype],
+            keeps_logits=not self.training.get("use_liger_kernel"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes on rank 0, which holds as much as any other."""
+
+    state: StateBytes
+    moments: tuple[Moment, ...]
+    method: Literal["formula", "trace"]
+
+    @property
+    def lasting(self) -> int:
+        """What is there all the time: all but gradients."""
+        return self.state.total - self.state.gradients
+
+    @property
+    def peak_moment(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def peak(self) -> int:
+        return self.lasting + self.peak_moment.total
+
+    def parts(self) -> dict[str, int]:
+        """The peak, by what it is made of."""
+        at = self.peak_moment
+        return {
+            "weights": self.state.weights,
+            "masters": self.state.masters,
+            "optimizer": self.state.optimizer,
+            "buffers": self.state.buffers,
+            "gradients": at.gradients,
+            "communication": at.communication,
+            "activations": at.activations,
+        }
+
+
+def estimate(request: Request) -> MemoryPlan | None:
+    """The memory of a step by formula; None where the model's widths are not known."""
+    shape = request.shapes.architecture
+    if shape is None:
+        return None
+    each = activation_bytes(shape, request.batch())
+    activations = FormulaActivations(each=each, layers=shape.layers, recompute=request.recompute)
+    return plan_with(request, activations, method="formula")
+
+
+def plan_with(
+    request: Request, activations: ActivationTimeline, *, method: Literal["formula", "trace"]
+) -> MemoryPlan:
+    """The memory of a step whose activations are known."""
+    place = request.placement()
+    state = state_bytes(request.shapes, place)
+    step = Step(
+        shapes=request.shapes,
+        place=place,
+        state=state,
+        activations=activations,
+        accumulation=request.accumulation,
+        on_gpu=request.device == "cuda",
+    )
+    return MemoryPlan(state=state, moments=tuple(moments(step)), method=method)

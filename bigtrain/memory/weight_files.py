@@ -1,0 +1,87 @@
+"""Parameters from the headers of a model's safetensors files: a few kilobytes of each are read.
+
+transformers 5 holds the experts of a layer as one tensor, while files hold them one by one; they
+are put together here as it does (its `conversion_mapping.py`), so that shapes are the modules'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bigtrain.checkpoint.formats.safetensors import read_safetensors
+from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.memory.families import architecture
+from bigtrain.memory.shapes import ModelShapes, Parameter
+
+_ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EXPERT = re.compile(
+    r"^(?P<owner>.*\.experts)\.(?P<number>\d+)\."
+    r"(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
+)
+_DOWN = ("w2", "down_proj")
+
+
+def from_weight_files(
+    folder: Path, config: Mapping[str, Any], *, dtype: str | None
+) -> ModelShapes | None:
+    """The parameters in the safetensors files of `folder`; None where there are none.
+
+    `dtype` is what they are loaded as; None: as they are stored.
+    """
+    files = _files(folder)
+    if not files:
+        return None
+    try:
+        index = read_safetensors(files)
+    except CheckpointError as error:
+        raise ConfigError(f"model.name: {error}") from error
+    stored = {
+        name: (entry.shape, dtype or entry.dtype.name) for (name, _), entry in index.entries.items()
+    }
+    parameters = tuple(
+        Parameter(name=name, shape=shape, dtype=kind) for name, (shape, kind) in _merged(stored)
+    )
+    named = files[0].name if len(files) == 1 else f"{len(files)} safetensors files"
+    return ModelShapes(
+        parameters=parameters,
+        source=f"headers of {named}",
+        architecture=architecture(config),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    if (folder / _ONE).is_file():
+        return [folder / _ONE]
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []
+
+
+def _merged(
+    stored: Mapping[str, tuple[tuple[int, ...], str]],
+) -> Iterator[tuple[str, tuple[tuple[int, ...], str]]]:
+    """Experts as one tensor for each matrix of their layer; all else as it is."""
+    counts: dict[tuple[str, str], int] = {}
+    for name in stored:
+        if found := _EXPERT.match(name):
+            key = found["owner"].replace(".block_sparse_moe.", ".mlp."), found["part"]
+            counts[key] = counts.get(key, 0) + 1
+    seen: set[str] = set()
+    for name, (shape, dtype) in stored.items():
+        found = _EXPERT.match(name)
+        if found is None:
+            yield name.replace(".block_sparse_moe.", ".mlp."), (shape, dtype)
+            continue
+        owner = found["owner"].replace(".block_sparse_moe.", ".mlp.")
+        is_down = found["part"] in _DOWN
+        merged = f"{owner}.{'down_proj' if is_down else 'gate_up_proj'}"
+        if merged not in seen:
+            seen.add(merged)
+            rows = shape[0] if is_down else 2 * shape[0]
+            yield merged, ((counts[owner, found["part"]], rows, *shape[1:]), dtype)

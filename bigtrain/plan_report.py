@@ -1,0 +1,126 @@
+"""A plan in words: what will run, with which values, and where each of them was said."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bigtrain.plan import RunPlan
+from bigtrain.translate.config import DeepSpeedSettings
+
+_LONGEST_VALUE = 60
+
+
+def report(plan: RunPlan) -> str:
+    """The plan for people: processes, values with their origins, the engine, and every fate."""
+    blocks: list[tuple[str, list[tuple[str, ...]]]] = [
+        ("Run", _run_rows(plan)),
+        ("Values", _value_rows(plan)),
+        ("Engine", _engine_rows(plan)),
+        ("Arguments", [(fate.argument, fate.fate, fate.detail) for fate in plan.fates]),
+    ]
+    return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in blocks if rows)
+
+
+def _run_rows(plan: RunPlan) -> list[tuple[str, ...]]:
+    topology = plan.topology
+    rows: list[tuple[str, ...]] = [
+        ("name", f"{plan.name}, attempt {plan.attempt}"),
+        (plan.kind.replace("_", " "), " ".join((plan.source, *plan.script_args))),
+        ("output", plan.output_dir),
+        ("processes", _processes(plan)),
+        ("start", plan.start_method + (f": {plan.start_reason}" if plan.start_reason else "")),
+        ("resume", plan.resume),
+    ]
+    micro_batch = _argument(plan, "per_device_train_batch_size")
+    accumulation = _argument(plan, "gradient_accumulation_steps")
+    if plan.kind == "run_file":
+        batch = micro_batch * accumulation * topology.world_size
+        cut = f"{micro_batch} × {accumulation} micro-batches × {topology.world_size} processes"
+        rows.append(("global batch", f"{batch} sequences = {cut}"))
+        tokens = batch * int(plan.data["sequence_length"])
+        rows.append(("tokens a step", f"{tokens:,} at most"))
+    return rows
+
+
+def _processes(plan: RunPlan) -> str:
+    topology, threads = plan.topology, plan.threads_per_rank
+    nodes = f"{topology.nodes} nodes × " if topology.nodes > 1 else ""
+    spread = f", {topology.replicate_size} replicas" if topology.replicate_size > 1 else ""
+    return (
+        f"{nodes}{topology.procs_per_node} on {plan.device}, "
+        f"{threads} thread{'s' if threads > 1 else ''} each{spread}"
+    )
+
+
+def _argument(plan: RunPlan, name: str) -> int:
+    from bigtrain.arguments.schema import load_schema
+
+    value = plan.training.get(name)
+    return int(load_schema()[name].default if value is None else value)
+
+
+def _value_rows(plan: RunPlan) -> list[tuple[str, ...]]:
+    sections = {
+        "model": plan.model,
+        "tokenizer": plan.tokenizer,
+        "data": plan.data,
+        "training": plan.training,
+        "engine": {"name": plan.engine.name},
+        "cluster": {
+            "procs_per_node": plan.topology.procs_per_node,
+            "max_restarts": plan.max_restarts,
+            "env": plan.environment,
+        },
+    }
+    return [
+        (key, _short(value), _origin(plan, key))
+        for name, section in sections.items()
+        for key, value in _leaves(name, section)
+    ]
+
+
+def _origin(plan: RunPlan, key: str) -> str:
+    """Where a value was said: at its own key, or as part of what is around it."""
+    while key:
+        if key in plan.origins and "." in key:
+            return plan.origins[key]
+        key = key.rpartition(".")[0]
+    return "default"
+
+
+def _engine_rows(plan: RunPlan) -> list[tuple[str, ...]]:
+    engine = plan.engine
+    precision = f"{engine.compute_dtype}, masters {engine.master_dtype}, reduced in "
+    rows: list[tuple[str, ...]] = [
+        ("engine", engine.name),
+        ("precision", precision + engine.reduce_dtype),
+    ]
+    settings: Mapping[str, Any] = (
+        engine.settings.json
+        if isinstance(engine.settings, DeepSpeedSettings)
+        else dataclasses.asdict(engine.settings)
+    )
+    return rows + [(key, _short(value)) for key, value in _leaves("", settings)]
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else key, inner)
+    else:
+        yield prefix, value
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """Rows in columns, the last of them ragged."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    padded = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
+    return "\n".join(f"  {'  '.join(cells)}".rstrip() for cells in padded)

@@ -1,0 +1,77 @@
+"""Whose directory `output_dir` is: a run may go on in its own, and not write into another's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import ConfigError
+from bigtrain.plan import RunPlan, read_plan
+
+_PLAN_NAME = re.compile(r"attempt-(\d+)\.json")
+
+
+def plan_path(plan: RunPlan) -> Path:
+    """Where the plan of this attempt is recorded."""
+    return Path(plan.output_dir) / "plans" / f"attempt-{plan.attempt:02d}.json"
+
+
+def next_attempt(output_dir: Path) -> int:
+    """One more than the highest attempt that has left a plan."""
+    return max((number for number, _ in _recorded(output_dir)), default=0) + 1
+
+
+def check_output_dir(plan: RunPlan) -> None:
+    """ConfigError where the directory is in use by another run, unless it is to be gone on with."""
+    output_dir = Path(plan.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"output_dir: {output_dir} is a file; give a directory")
+    if plan.training.get("overwrite_output_dir"):
+        return
+    occupant = _occupant(plan, output_dir)
+    if occupant:
+        origin = plan.origins.get("output_dir")
+        said = f"{origin}: " if origin else ""
+        raise ConfigError(
+            f"{said}output_dir: {output_dir} {occupant}; give another --output-dir, "
+            "or go on in it with --set training.overwrite_output_dir=true"
+        )
+
+
+def _occupant(plan: RunPlan, output_dir: Path) -> str:
+    """Whose the directory is, as the end of a sentence; empty where it is free or this run's."""
+    recorded = _recorded(output_dir)
+    if not recorded:
+        return _stray_files(output_dir)
+    _, path = max(recorded)
+    try:
+        earlier = read_plan(path)
+    except ConfigError:
+        return f"holds a plan that can't be read ({path.name})"
+    if earlier.name != plan.name:
+        return f"belongs to the run {earlier.name!r}, and this one is {plan.name!r}"
+    if _identity(earlier.model) != _identity(plan.model):
+        return f"belongs to a run {plan.name!r} of another model"
+    return ""
+
+
+def _identity(model: Mapping[str, Any]) -> Any:
+    """What makes it the same model; how it computes may change between attempts."""
+    return {key: model.get(key) for key in ("name", "revision", "config")}
+
+
+def _stray_files(output_dir: Path) -> str:
+    if not output_dir.is_dir():
+        return ""
+    names = sorted(entry.name for entry in output_dir.iterdir() if entry.name[0] != ".")
+    if not names or set(names) <= {"plans", "logs"}:
+        return ""
+    return f"holds files that are not this run's ({', '.join(names[:3])})"
+
+
+def _recorded(output_dir: Path) -> list[tuple[int, Path]]:
+    folder = output_dir / "plans"
+    found = ((_PLAN_NAME.fullmatch(path.name), path) for path in folder.glob("attempt-*.json"))
+    return [(int(match[1]), path) for match, path in found if match]

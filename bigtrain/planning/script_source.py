@@ -1,0 +1,213 @@
+"""What a user's script does at its top, read from its source without running it.
+
+Ranks are forked from a server that has imported the script's libraries already. That changes
+nothing as long as the script only imports them. Where it first does something that an import would
+see (an environment variable, a search path, a module of its own under a library's name), every
+rank needs an interpreter of its own.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.errors import ConfigError
+
+# Libraries whose import starts nothing that a fork would break: no CUDA, no threads that matter.
+_PRELOADABLE = frozenset(
+    {
+        "accelerate",
+        "bigtrain",
+        "datasets",
+        "deepspeed",
+        "evaluate",
+        "huggingface_hub",
+        "numpy",
+        "peft",
+        "safetensors",
+        "tokenizers",
+        "torch",
+        "transformers",
+        "trl",
+    }
+)
+# Names that these packages import only when they are asked for, with where they really are.
+_LAZY_NAMES = {
+    ("transformers", "Trainer"): "transformers.trainer",
+    ("transformers", "TrainingArguments"): "transformers.training_args",
+    ("transformers", "AutoConfig"): "transformers.models.auto.configuration_auto",
+    ("transformers", "AutoModelForCausalLM"): "transformers.models.auto.modeling_auto",
+    ("transformers", "AutoTokenizer"): "transformers.models.auto.tokenization_auto",
+    ("bigtrain", "Trainer"): "bigtrain.trainer",
+    ("bigtrain", "TrainingArguments"): "bigtrain.trainer",
+}
+_DEEPEST_LOCAL_IMPORT = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScriptFacts:
+    """What planning needs to know of a script."""
+
+    preload: tuple[str, ...]
+    """Modules that its top imports and that one process may import for all ranks."""
+    fresh_reason: str = ""
+    """Why forking would change what it does; empty where it would not."""
+
+
+def read_script(path: Path) -> ScriptFacts:
+    """The facts about the script at `path`. ConfigError where it is not Python."""
+    module = _parse(path)
+    preload: dict[str, None] = {}
+    reason = _shadowing(path.parent)
+    for statement in _top_level(module.body):
+        reason = reason or _disturbance(statement, path)
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            reason = reason or _local_disturbance(statement, path, depth=1)
+            wanted = list(_preloadable(statement))
+            if reason and wanted:
+                return ScriptFacts(preload=(), fresh_reason=reason)
+            preload.update(dict.fromkeys(wanted))
+    # What disturbs nothing that is preloaded (nothing at all, or only after the last import).
+    return ScriptFacts(preload=tuple(preload))
+
+
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes(), filename=str(path))
+    except SyntaxError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not Python: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not Python: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
+
+
+def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    """Every statement that runs when the module is executed, in order of the source."""
+    for statement in body:
+        yield statement
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            continue
+        for name in ("body", "orelse", "finalbody"):
+            yield from _top_level(getattr(statement, name, []))
+        for handler in getattr(statement, "handlers", []):
+            yield from _top_level(handler.body)
+
+
+def _preloadable(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    if isinstance(statement, ast.Import):
+        names = [alias.name for alias in statement.names]
+    elif statement.level == 0 and statement.module:
+        names = [statement.module]
+        names += [
+            _LAZY_NAMES[statement.module, alias.name]
+            for alias in statement.names
+            if (statement.module, alias.name) in _LAZY_NAMES
+        ]
+    else:
+        names = []
+    for name in names:
+        root = name.partition(".")[0]
+        if root in _PRELOADABLE and importlib.util.find_spec(root) is not None:
+            yield name
+
+
+def _disturbance(statement: ast.stmt, path: Path) -> str:
+    """What this one statement changes that a later import could see; empty if nothing."""
+    for node in _own_expressions(statement):
+        what = _change(node)
+        if what:
+            return f"{path.name}:{node.lineno} {what} before its imports"
+    return ""
+
+
+def _own_expressions(statement: ast.stmt) -> Iterator[ast.expr | ast.stmt]:
+    """The nodes that run with this statement itself: not those of statements inside it."""
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return
+    yield statement
+    for child in ast.iter_child_nodes(statement):
+        if isinstance(child, (ast.expr, ast.withitem)):
+            yield from (node for node in ast.walk(child) if isinstance(node, ast.expr))
+
+
+_ENVIRONMENT = ("os.environ", "environ")
+_SEARCH_PATH = ("sys.path", "sys.modules", "sys.meta_path")
+_CHANGING_METHODS = frozenset(
+    {"append", "clear", "extend", "insert", "pop", "remove", "setdefault", "update"}
+)
+_CHANGING_CALLS = {
+    "os.putenv": "sets an environment variable",
+    "os.unsetenv": "unsets an environment variable",
+    "load_dotenv": "sets environment variables",
+    "dotenv.load_dotenv": "sets environment variables",
+    "site.addsitedir": "changes where modules are found",
+}
+
+
+def _change(node: ast.AST) -> str:
+    if isinstance(node, ast.Call):
+        name = ast.unparse(node.func)
+        owner, _, method = name.rpartition(".")
+        if method in _CHANGING_METHODS:
+            return _changed(owner)
+        return _CHANGING_CALLS.get(name, "")
+    targets: list[ast.expr] = []
+    if isinstance(node, (ast.Assign, ast.Delete)):
+        targets = node.targets
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        targets = [node.target]
+    for target in targets:
+        base = target.value if isinstance(target, ast.Subscript) else target
+        if changed := _changed(ast.unparse(base)):
+            return changed
+    return ""
+
+
+def _changed(owner: str) -> str:
+    if owner in _ENVIRONMENT:
+        return "sets an environment variable"
+    return "changes where modules are found" if owner in _SEARCH_PATH else ""
+
+
+def _shadowing(folder: Path) -> str:
+    """A module beside the script that hides an installed one from everything it imports."""
+    names = {entry.stem for entry in folder.glob("*.py")}
+    names |= {entry.parent.name for entry in folder.glob("*/__init__.py")}
+    hiding = sorted(names & (_PRELOADABLE | frozenset(sys.stdlib_module_names)))
+    return f"{hiding[0]} beside the script hides the installed module" if hiding else ""
+
+
+def _local_disturbance(statement: ast.Import | ast.ImportFrom, path: Path, *, depth: int) -> str:
+    """What modules beside the script, which this import runs, change at their top."""
+    if depth > _DEEPEST_LOCAL_IMPORT:
+        return ""
+    for local in _local_modules(statement, path.parent):
+        try:
+            module = _parse(local)
+        except ConfigError:
+            continue  # the import itself will say so, in the rank
+        for inner in _top_level(module.body):
+            reason = _disturbance(inner, local)
+            if not reason and isinstance(inner, (ast.Import, ast.ImportFrom)):
+                reason = _local_disturbance(inner, path, depth=depth + 1)
+            if reason:
+                return reason
+    return ""
+
+
+def _local_modules(statement: ast.Import | ast.ImportFrom, folder: Path) -> Iterator[Path]:
+    if isinstance(statement, ast.Import):
+        names = [alias.name for alias in statement.names]
+    else:
+        names = [statement.module or ""] if statement.level == 0 else []
+    for name in names:
+        parts = name.split(".")
+        module, package = folder.joinpath(*parts).with_suffix(".py"), folder / parts[0]
+        for place in (module, package / "__init__.py"):
+            if all(parts) and place.is_file():
+                yield place

@@ -1,0 +1,60 @@
+"""Where a rank's log records and library noise go.
+
+Under bigtrain's launcher a rank's output is its log file, and what a person should see goes to the
+agent as events. Without the launcher the output is the terminal, so it gets rank 0's records and
+everyone's warnings, and nothing that no user can act on.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import transformers
+
+from bigtrain.cluster.events import EventHandler
+from bigtrain.topology import RankInfo
+
+# Loggers whose INFO and below tells a user nothing to act on.
+_QUIET = ("DeepSpeed", "deepspeed", "torch.distributed", "httpx", "fsspec", "filelock")
+
+
+def set_up(world: RankInfo, *, has_agent: bool) -> None:
+    """Lay the way of bigtrain's records, once per process; other handlers stay as they are."""
+    logger = logging.getLogger("bigtrain")
+    if any(getattr(handler, "is_bigtrain", False) for handler in logger.handlers):
+        return
+    # Of loading and of writing shards; training has its own.
+    transformers.logging.disable_progress_bar()
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    shown = logging.INFO if has_agent or world.is_main else logging.WARNING
+    _add(logger, _stream_handler(world, level=shown, has_agent=has_agent))
+    if has_agent:
+        _add(logger, EventHandler(is_main=world.is_main))
+    else:
+        _hush()
+
+
+def _add(logger: logging.Logger, handler: logging.Handler) -> None:
+    handler.is_bigtrain = True  # type: ignore[attr-defined]
+    logger.addHandler(handler)
+
+
+def _stream_handler(world: RankInfo, *, level: int, has_agent: bool) -> logging.Handler:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    where = "" if has_agent or world.is_main else f"[{world.node_rank}:{world.rank}] "
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s" if has_agent else "%(message)s"
+    handler.setFormatter(logging.Formatter(where + form))
+    return handler
+
+
+def _hush() -> None:
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Raised inside these libraries about each other's calls.
+    for module in ("torch", "transformers", "deepspeed", "accelerate"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)

@@ -1,0 +1,35 @@
+"""Slurm's own programs, called with a time limit and told of in plain words."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from bigtrain.errors import LaunchError
+
+_PATIENCE_S = 60.0
+"""A busy controller takes seconds to answer; one that is away, for ever."""
+
+
+def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
+    """What a program printed. LaunchError with its own words when it fails or is not there."""
+    try:
+        done = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+        )
+    except FileNotFoundError:
+        raise LaunchError(
+            f"{command[0]} was not found on this machine; Slurm jobs are submitted from a machine "
+            "that has Slurm's commands, usually a login node"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise LaunchError(
+            f"{command[0]} has not answered for {_PATIENCE_S:.0f} s; is Slurm's controller up? "
+            "(scontrol ping)"
+        ) from None
+    if done.returncode != 0:
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        lines = [f"{command[0]} failed with exit code {done.returncode}"]
+        raise LaunchError("\n".join([*lines, *(f"  {line}" for line in said)]))
+    return done.stdout

@@ -1,0 +1,174 @@
+"""The batch script of a run: text from a template, nothing read, nothing run.
+
+The template is plain bash with three comment lines that are replaced:
+
+    # @options   the #SBATCH lines
+    # @setup     modules, and the user's own preparations
+    # @run       srun_options=(…), node_command=(…) and max_requeues
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bigtrain.cluster.fork_server import interpreter_command
+from bigtrain.errors import ConfigError
+from bigtrain.plan import RunPlan
+from bigtrain.slurm.options import is_container_option
+from bigtrain.slurm.settings import SlurmSettings, signal_lead_s
+
+NODE_MODULE = "bigtrain.slurm.node"
+_PLACEHOLDERS = ("# @options", "# @setup", "# @run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequest:
+    """One job: a run, or several of the same shape as an array."""
+
+    plans: tuple[RunPlan, ...]
+    plan_paths: tuple[Path, ...]
+    """Where each plan lies when the job starts: absolute, readable from the nodes."""
+    settings: SlurmSettings = field(default_factory=SlurmSettings)
+    cpus_per_task: int | None = None
+    """CPUs for all ranks of a node; an option of the user's wins."""
+    package_root: str | None = None
+    """The folder that holds the bigtrain to run, where that is not this very one."""
+    last_save_s: float | None = None
+    """How long this run's last checkpoint took to write, where there is one."""
+
+    def __post_init__(self) -> None:
+        shapes = {(plan.topology, plan.device) for plan in self.plans}
+        if len(shapes) != 1 or len(self.plans) != len(self.plan_paths):
+            raise ConfigError("the runs of a sweep must have the same nodes, processes and device")
+
+    @property
+    def plan(self) -> RunPlan:
+        return self.plans[0]
+
+
+def render(request: JobRequest, *, template: str) -> str:
+    """The batch script, whole. ConfigError where `template` lacks a placeholder."""
+    lines = template.splitlines()
+    missing = [name for name in _PLACEHOLDERS if lines.count(name) != 1]
+    if missing:
+        raise ConfigError(
+            "the template of the batch script must have exactly one line "
+            f"{' and one '.join(missing)}"
+        )
+    blocks = {
+        "# @options": _option_lines(request),
+        "# @setup": _setup_lines(request.settings),
+        "# @run": _run_lines(request),
+    }
+    filled = [text for line in lines for text in blocks.get(line, [line])]
+    return "\n".join(filled) + "\n"
+
+
+def sbatch_options(request: JobRequest) -> dict[str, str | None]:
+    """All options of the job, the user's after and above ours."""
+    plan, settings = request.plan, request.settings
+    options: dict[str, str | None] = {
+        "job-name": plan.name,
+        "nodes": str(plan.topology.nodes),
+        "ntasks-per-node": "1",
+    }
+    if request.cpus_per_task is not None and "cpus-per-gpu" not in settings.options:
+        options["cpus-per-task"] = str(request.cpus_per_task)
+    options |= _gpu_options(request)
+    if len(request.plans) > 1:
+        options["array"] = f"0-{len(request.plans) - 1}"
+    options |= {
+        "output": _literal(Path(plan.output_dir) / "slurm-%j.out"),
+        "open-mode": "append",
+        "requeue": None,
+        "signal": f"USR2@{signal_lead_s(request.last_save_s)}",
+    }
+    said = {k: v for k, v in settings.options.items() if not is_container_option(k)}
+    if "no-requeue" in said:
+        del options["requeue"]
+    return options | said
+
+
+def srun_options(request: JobRequest) -> dict[str, str | None]:
+    """Options of the job's one step: a task on every node, which ends when one of them fails."""
+    options: dict[str, str | None] = {
+        "nodes": str(request.plan.topology.nodes),
+        "ntasks": str(request.plan.topology.nodes),
+        "ntasks-per-node": "1",
+        "distribution": "block",
+    }
+    cpus = sbatch_options(request).get("cpus-per-task")
+    if cpus is not None:
+        options["cpus-per-task"] = cpus  # since 22.05, srun does not take it from the job
+    options |= {"kill-on-bad-exit": "1", "mpi": "none", "input": "none"}
+    said = {k: v for k, v in request.settings.options.items() if is_container_option(k)}
+    return options | said
+
+
+def node_command(request: JobRequest) -> list[str]:
+    """What the task on every node runs. Of several plans it takes the one of its array index."""
+    paths = [str(path) for path in request.plan_paths]
+    settings = request.settings
+    if settings.in_container:
+        return [settings.python or "python3", "-m", NODE_MODULE, *paths]
+    _, flag, code, root, *rest = interpreter_command(NODE_MODULE, *paths)
+    interpreter = settings.python or sys.executable
+    return [interpreter, flag, code, request.package_root or root, *rest]
+
+
+def _gpu_options(request: JobRequest) -> dict[str, str | None]:
+    settings, procs = request.settings, request.plan.topology.procs_per_node
+    asked = settings.gpus_per_node
+    if request.plan.device != "cuda" or "gpus-per-socket" in settings.options:
+        return {}
+    if asked is None:
+        return {"gpus-per-node": str(procs)}
+    if asked < procs:
+        raise ConfigError(
+            f"{procs} processes on each node need {procs} GPUs, and cluster.slurm asks for "
+            f"{asked}; use --procs-per-node {asked}"
+        )
+    return {}
+
+
+def _option_lines(request: JobRequest) -> list[str]:
+    return [f"#SBATCH {_option(k, v, _quoted)}" for k, v in sbatch_options(request).items()]
+
+
+def _setup_lines(settings: SlurmSettings) -> list[str]:
+    lines = [f"module load {shlex.quote(module)}" for module in settings.modules]
+    return lines + settings.setup.splitlines()
+
+
+def _run_lines(request: JobRequest) -> list[str]:
+    return [
+        f"max_requeues={request.settings.max_requeues}",
+        *_array("srun_options", [_option(k, v) for k, v in srun_options(request).items()]),
+        "# Python, with bigtrain's folder first on its module path instead of this directory.",
+        *_array("node_command", node_command(request)),
+    ]
+
+
+def _array(name: str, words: Sequence[str]) -> list[str]:
+    return [f"{name}=(", *(f"  {shlex.quote(word)}" for word in words), ")"]
+
+
+def _option(name: str, value: str | None, quote: Callable[[str], str] = str) -> str:
+    return f"--{name}" if value is None else f"--{name}={quote(value)}"
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads a `#SBATCH` line: words end at blanks, quotes and backslashes count."""
+    if all(c.isalnum() or c in "-_=+.,:/@%^~[]()*|&!" for c in value):
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def _literal(path: Path) -> str:
+    """A file name in which only the job's number is a pattern of Slurm's."""
+    return f"{str(path.parent).replace('%', '%%')}/{path.name}"

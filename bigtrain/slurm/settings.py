@@ -1,0 +1,121 @@
+"""What `cluster.slurm` of a run file and the flags beside it ask for, checked."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from bigtrain.errors import ConfigError
+from bigtrain.slurm.options import read_options
+
+_SHORTEST_LEAD_S = 120
+_GPU_COUNT = re.compile(r"(?:.*:)?(\d+)(?:\(.*\))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmSettings:
+    """How a run becomes a job: sbatch's own options, and what they can't say."""
+
+    options: Mapping[str, str | None] = field(default_factory=dict)
+    """By long name; None for an option without a value."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load, in order."""
+    setup: str = ""
+    """Bash that runs on the first node before the tasks start, which inherit its variables."""
+    python: str | None = None
+    """Interpreter on the nodes; None: this one, by its absolute path (`python3` in a container)."""
+    template: str | None = None
+    """A batch script with the placeholders of `slurm/train.sbatch`; None: that one."""
+    snapshot: bool = False
+    """Run a copy of the code as it was at submission."""
+    max_requeues: int = 20
+    """How often the job is put back into the queue when it had to stop early."""
+
+    @property
+    def gpus_per_node(self) -> int | None:
+        """GPUs of one node that the options ask for; None where they say nothing of it."""
+        text = self.options.get("gpus-per-node") or _gpus_of_gres(self.options.get("gres"))
+        match = _GPU_COUNT.fullmatch(text) if text else None
+        return int(match[1]) if match else None
+
+    @property
+    def in_container(self) -> bool:
+        return any(name.startswith("container") for name in self.options)
+
+
+def read_settings(
+    section: Mapping[str, Any], *, origins: Mapping[str, str] | None = None
+) -> SlurmSettings:
+    """The settings that `cluster.slurm` says: keys of ours, and any option of sbatch's.
+
+    `origins` says where each key is from, for messages. ConfigError with every fault.
+    """
+    origins = origins or {}
+    faults: list[str] = []
+    ours: dict[str, Any] = {}
+    for key, read in _OWN_KEYS.items():
+        if section.get(key) is None:
+            continue
+        try:
+            ours[key] = read(section[key])
+        except ValueError as fault:
+            faults.append(f"{origins.get(key, 'cluster.slurm')}: {key}: {fault}")
+    others = {key: value for key, value in section.items() if key not in _OWN_KEYS}
+    try:
+        options = read_options(others, origins=origins)
+    except ConfigError as error:
+        raise ConfigError([*faults, *error.faults]) from None
+    if faults:
+        raise ConfigError(faults)
+    return SlurmSettings(options=options, **ours)
+
+
+def signal_lead_s(last_save_s: float | None) -> int:
+    """How long before the time limit a job is told to save: time for two saves, at least 120 s."""
+    return max(_SHORTEST_LEAD_S, round(2 * (last_save_s or 0.0)))
+
+
+def _gpus_of_gres(gres: str | None) -> str | None:
+    """`gpu:a100:4` of `gpu:a100:4,nvme:1`; one GPU where no number is given."""
+    for item in (gres or "").split(","):
+        kind, _, rest = item.removeprefix("gres/").partition(":")
+        if kind == "gpu":
+            return rest if rest.rpartition(":")[2].isdigit() else "1"
+    return None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip() or "\0" in value:
+        raise ValueError(f"{value!r} is not text")
+    return value
+
+
+def _words(value: Any) -> tuple[str, ...]:
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
+        raise ValueError(f"{value!r} is not a list of module names")
+    return tuple(words)
+
+
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!r} is not true or false")
+    return value
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is not a whole number from 0 on")
+    return value
+
+
+_OWN_KEYS = {
+    "modules": _words,
+    "setup": _text,
+    "python": _text,
+    "template": _text,
+    "snapshot": _truth,
+    "max_requeues": _count,
+}

@@ -1,0 +1,168 @@
+"""From a plan to a job in the queue, in the time that sbatch itself takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bigtrain.cluster.rank import package_root
+from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.plan import RunPlan, write_plan
+from bigtrain.share import bundled_file
+from bigtrain.slurm import client
+from bigtrain.slurm.partition import survey
+from bigtrain.slurm.provenance import (
+    CodeState,
+    hash_file,
+    read_code_state,
+    read_diff,
+    take_snapshot,
+)
+from bigtrain.slurm.record import SubmissionRecord, record_path, remember
+from bigtrain.slurm.script import JobRequest, render
+from bigtrain.slurm.settings import SlurmSettings
+
+_DEFAULT_TEMPLATE = "train.sbatch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A job that Slurm has taken."""
+
+    job_id: str
+    script: Path
+    log: str
+    """Where the job's own output goes; `%j` stands for its number."""
+
+
+def describe(plans: RunPlan | Sequence[RunPlan], *, settings: SlurmSettings) -> str:
+    """The batch script that `submit` would hand over, and nothing else happens."""
+    return _rendered(_request(_several(plans), settings))
+
+
+def submit(
+    plans: RunPlan | Sequence[RunPlan],
+    *,
+    settings: SlurmSettings,
+    environment: Mapping[str, str],
+) -> Submission:
+    """Write the plans, the script and its record, and queue the job; several plans as an array.
+
+    The plans of a sweep differ in what they train and where they write, not in their shape.
+    `environment` is the caller's own: the job inherits it, and secrets with it, through Slurm.
+    """
+    plans = _several(plans)
+    source, code = plans[0], _code_of(plans[0])
+    snapshot: Path | None = None
+    if settings.snapshot:
+        snapshot = Path(source.output_dir) / "code" / f"attempt-{source.attempt:02d}"
+        plans = tuple(take_snapshot(plan, snapshot)[0] for plan in plans)
+    request = _request(plans, settings, package_root=_moved_package(code, snapshot))
+    text = _rendered(request)
+    for plan, path in zip(request.plans, request.plan_paths, strict=True):
+        write_plan(plan, path)  # first: it claims the attempt
+    script = _write_script(request, text)
+    record = _record(source, script, code, snapshot)
+    path = record_path(source.output_dir, source.attempt)
+    record.write(path)
+    job_id = _queue(script, cwd=Path(source.working_dir))
+    record = dataclasses.replace(record, job_id=job_id)
+    record.write(path)
+    remember(record, path, environment=environment)
+    log = settings.options.get("output") or str(Path(source.output_dir) / "slurm-%j.out")
+    return Submission(job_id=job_id, script=script, log=log.replace("%j", job_id))
+
+
+def plan_path(plan: RunPlan) -> Path:
+    """Where a plan lies in its run."""
+    return Path(plan.output_dir) / "plans" / f"attempt-{plan.attempt:02d}.json"
+
+
+def _several(plans: RunPlan | Sequence[RunPlan]) -> tuple[RunPlan, ...]:
+    several = (plans,) if isinstance(plans, RunPlan) else tuple(plans)
+    places = [plan.output_dir for plan in several]
+    if len(set(places)) != len(places):
+        raise ConfigError("two runs of the sweep have the same output_dir; give each its own")
+    return several
+
+
+def _request(
+    plans: tuple[RunPlan, ...], settings: SlurmSettings, *, package_root: str | None = None
+) -> JobRequest:
+    topology = plans[0].topology
+    if plans[0].max_restarts:
+        raise ConfigError(
+            "max_restarts restarts ranks on one machine, and a Slurm job starts again as a whole; "
+            "use cluster.slurm.max_requeues"
+        )
+    return JobRequest(
+        plans=plans,
+        plan_paths=tuple(plan_path(plan) for plan in plans),
+        settings=settings,
+        cpus_per_task=_share_of_cpus(settings, topology.procs_per_node, device=plans[0].device),
+        package_root=package_root,
+    )
+
+
+def _share_of_cpus(settings: SlurmSettings, procs: int, *, device: str) -> int | None:
+    if "cpus-per-task" in settings.options or "cpus-per-gpu" in settings.options:
+        return None
+    shape = survey(settings.options.get("partition"))
+    if shape is None:
+        return None
+    return shape.share(procs) if device == "cuda" else shape.cpus
+
+
+def _rendered(request: JobRequest) -> str:
+    name = request.settings.template
+    path = Path(name) if name and Path(name).is_file() else bundled_file(name or _DEFAULT_TEMPLATE)
+    return render(request, template=path.read_text(encoding="utf-8"))
+
+
+def _write_script(request: JobRequest, text: str) -> Path:
+    path = record_path(request.plan.output_dir, request.plan.attempt).with_suffix(".sbatch")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _code_of(plan: RunPlan) -> CodeState | None:
+    return read_code_state(Path(plan.working_dir))
+
+
+def _moved_package(code: CodeState | None, snapshot: Path | None) -> str | None:
+    """bigtrain's own place in the snapshot, where the work tree is bigtrain's."""
+    is_own = snapshot is not None and code is not None and Path(code.root) == Path(package_root())
+    return str(snapshot) if is_own else None
+
+
+def _record(
+    plan: RunPlan, script: Path, code: CodeState | None, snapshot: Path | None
+) -> SubmissionRecord:
+    if code is not None:
+        script.with_suffix(".diff").write_text(
+            read_diff(code), encoding="utf-8", errors="surrogateescape"
+        )
+    return SubmissionRecord(
+        name=plan.name,
+        output_dir=plan.output_dir,
+        script=str(script),
+        script_sha256=hash_file(script),
+        source=plan.source,
+        source_sha256=hash_file(Path(plan.source)),
+        code=code,
+        snapshot=None if snapshot is None else str(snapshot),
+        nodes=plan.topology.nodes,
+        submitted=time.time(),
+    )
+
+
+def _queue(script: Path, *, cwd: Path) -> str:
+    # `--parsable` prints the number alone, with `;cluster` behind it where there are several.
+    job_id = client.call(["sbatch", "--parsable", str(script)], cwd=cwd).strip().split(";")[0]
+    if not job_id.isdigit():
+        raise LaunchError(f"sbatch took {script}, but gave no job number: {job_id!r}")
+    return job_id

@@ -1,0 +1,150 @@
+"""`trainer.accelerator`: what scripts ask accelerate's `Accelerator` for, answered by the engine.
+
+It is not an `Accelerator` and prepares nothing: the engine has the model, the optimizer and the
+process group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.state import GradientState
+from accelerate.utils import DistributedType, extract_model_from_parallel
+from torch import Tensor, nn
+
+from bigtrain.engine.protocol import Engine
+from bigtrain.topology import RankInfo
+from bigtrain.trainer import collectives
+
+
+class Accelerator:
+    """The place of this process, and collectives, as accelerate names them."""
+
+    def __init__(self, engine: Engine, *, ranks: RankInfo, mixed_precision: str) -> None:
+        self.engine = engine
+        self.ranks = ranks
+        self.mixed_precision = mixed_precision
+        self.gradient_state = GradientState()
+        self.parallelism_config = None
+        self.scaler = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def num_processes(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def process_index(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def local_process_index(self) -> int:
+        return self.ranks.local_rank
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.ranks.is_main
+
+    @property
+    def is_local_main_process(self) -> bool:
+        return self.ranks.is_local_main
+
+    @property
+    def use_distributed(self) -> bool:
+        return self.ranks.world_size > 1
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """As of a plain data-parallel run: what differs between engines is theirs alone."""
+        if not self.use_distributed:
+            return DistributedType.NO
+        on_cpu = self.device.type == "cpu"
+        return DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
+
+    @property
+    def sync_gradients(self) -> bool:
+        """True in the last micro-batch of an accumulation window."""
+        return bool(self.gradient_state.sync_gradients)
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """The engine's backward pass. `kwargs` are for optimizers that need their own."""
+        if kwargs:
+            loss.backward(**kwargs)
+        else:
+            self.engine.backward(loss)
+
+    def autocast(self, **_: Any) -> AbstractContextManager[None]:
+        return self.engine.autocast()
+
+    def no_sync(self, model: nn.Module | None = None) -> AbstractContextManager[None]:
+        return self.engine.accumulating(last=False)
+
+    def unwrap_model(
+        self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
+    ) -> nn.Module:
+        """The module that was given to the trainer, out of DDP, DeepSpeed and `torch.compile`."""
+        unwrapped: nn.Module = extract_model_from_parallel(
+            model, keep_fp32_wrapper=keep_fp32_wrapper, keep_torch_compile=keep_torch_compile
+        )
+        return unwrapped
+
+    def gather(self, tensor: Any) -> Any:
+        return collectives.gather(tensor)
+
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """`gather`, without the samples that fill up the last batch of a data loader."""
+        if use_gather_object:
+            gathered = collectives.gather_objects(input_data)
+        else:
+            gathered = collectives.gather(input_data)
+        remainder = self.gradient_state.remainder
+        if not self.gradient_state.end_of_dataloader or remainder <= 0:
+            return gathered
+        return _first(gathered, remainder)
+
+    def pad_across_processes(
+        self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
+    ) -> Any:
+        return collectives.pad(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
+        gathered: Tensor = collectives.gather(tensor[None])
+        reduced = gathered.sum(dim=0) if reduction == "sum" else gathered.mean(dim=0)
+        return reduced * scale
+
+    def wait_for_everyone(self) -> None:
+        collectives.barrier()
+
+    def print(self, *values: Any, **kwargs: Any) -> None:
+        if self.is_local_main_process:
+            print(*values, **kwargs)  # noqa: T201 (it is accelerate's print)
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0
+    ) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+
+    def get_state_dict(self, model: nn.Module | None = None, unwrap: bool = True) -> dict[str, Any]:
+        """All weights on the CPU; empty on other ranks than 0. All ranks call it."""
+        weights = self.engine.full_weights()
+        return {name: tensor for name, tensor in weights if tensor is not None}
+
+    def free_memory(self, *objects: Any) -> list[None]:
+        return [None for _ in objects]
+
+    def end_training(self) -> None:
+        self.engine.close()
+
+
+def _first(data: Any, count: int) -> Any:
+    if isinstance(data, (list, tuple)) and data and isinstance(data[0], Tensor):
+        return type(data)(_first(item, count) for item in data)
+    if isinstance(data, dict):
+        return type(data)({key: _first(item, count) for key, item in data.items()})
+    return data[:count]

@@ -1,0 +1,207 @@
+"""TrainingArguments: transformers' own, the arguments it has dropped, and bigtrain's processes.
+
+Which process this is comes from `RankInfo`, not from accelerate's `PartialState`: making arguments
+joins no process group. The fields below are read without an import by `bigtrain.arguments`, so
+their defaults are literals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from transformers.training_args import ParallelMode
+from transformers.utils import logging
+
+from bigtrain.device import choose_device
+from bigtrain.errors import UnsupportedError
+from bigtrain.topology import RankInfo
+from bigtrain.trainer import environment
+
+logger = logging.get_logger(__name__)
+
+FP16_OPT_LEVELS = ("O0", "O1", "O2", "O3")
+
+
+@dataclass(repr=False)
+class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
+    """`transformers.TrainingArguments`, with the fields that transformers 5 no longer has."""
+
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={
+            "help": "Continue in an output_dir that is in use: a checkpoint in it is resumed from "
+            "unless resume_from_checkpoint=False. Nothing is deleted."
+        },
+    )
+    warmup_ratio: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of all steps over which the learning rate rises. `warmup_steps` wins; "
+            "0 is unset."
+        },
+    )
+    logging_dir: str | None = field(
+        default=None,
+        metadata={"help": "TensorBoard's directory. Default: a new one in output_dir/runs."},
+    )
+    save_safetensors: bool = field(
+        default=True,
+        metadata={
+            "help": "Save weights as safetensors; false: as torch.save does (pytorch_model.bin)."
+        },
+    )
+    jit_mode_eval: bool = field(
+        default=False,
+        metadata={"help": "Evaluate through torch.jit.trace where the model can be traced."},
+    )
+    use_ipex: bool = field(
+        default=False,
+        metadata={"help": "Use Intel's extension for PyTorch; refused where it is not installed."},
+    )
+    fp16_opt_level: str = field(
+        default="O1",
+        metadata={
+            "help": "With fp16: O0 full precision, O1 autocast, O2 fp16 weights with fp32 masters, "
+            "O3 fp16 throughout.",
+            "choices": ["O0", "O1", "O2", "O3"],
+        },
+    )
+    fp16_backend: str = field(
+        default="auto",
+        metadata={"help": "Removed upstream: accepted, warned about once, without effect."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.eval_strategy == "epochs":
+            self.eval_strategy = "epoch"
+        self._check_own_fields()
+        # transformers would make accelerate's DeepSpeed plugin of it and from then on build every
+        # model under `zero.Init`; here the engine shards the model.
+        deepspeed, self.deepspeed = self.deepspeed, None
+        super().__post_init__()
+        if isinstance(deepspeed, str) and deepspeed.startswith("{"):
+            deepspeed = json.loads(deepspeed)
+        self.deepspeed = deepspeed
+        if self.logging_dir is not None:
+            self.logging_dir = str(Path(self.logging_dir).expanduser())
+
+    def _check_own_fields(self) -> None:
+        level = self.fp16_opt_level
+        if level not in FP16_OPT_LEVELS:
+            raise ValueError(f"fp16_opt_level is {level!r}; use {', '.join(FP16_OPT_LEVELS)}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio must lie in range [0,1], it is {self.warmup_ratio}")
+        if self.fp16_backend != "auto":
+            warnings.warn(
+                f"fp16_backend={self.fp16_backend!r} has no effect: PyTorch's own is used",
+                FutureWarning,
+                stacklevel=3,
+            )
+        if self.use_ipex and importlib.util.find_spec("intel_extension_for_pytorch") is None:
+            raise UnsupportedError(
+                "use_ipex is set but intel_extension_for_pytorch is not installed; leave it out: "
+                "PyTorch has Intel's kernels itself (on a CPU, bf16: true is what makes it fast)"
+            )
+
+    def _validate_args(self) -> None:
+        # transformers takes "no GPU" for a mistake unless use_cpu says it; here a machine without
+        # a GPU trains in bf16 on its CPU.
+        chosen = self.use_cpu
+        self.use_cpu = chosen or self.device.type == "cpu"
+        try:
+            super()._validate_args()
+        finally:
+            self.use_cpu = chosen
+
+    @property
+    def ranks(self) -> RankInfo:
+        """Which process of the run this is."""
+        self._setup_devices  # noqa: B018 (the property reads the place once, with the device)
+        return self._ranks
+
+    @cached_property
+    def _setup_devices(self) -> torch.device:
+        self._ranks: RankInfo = environment.ranks()
+        self.distributed_state = None
+        plan = environment.plan()
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        kind = plan.device if plan is not None else kind
+        device = choose_device("cpu" if self.use_cpu else kind, world=self._ranks)
+        self._n_gpu = 0 if device.type == "cpu" else 1
+        return device
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs of this process: one or none. Several GPUs are several processes."""
+        self._setup_devices  # noqa: B018
+        return self._n_gpu
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        return ParallelMode.DISTRIBUTED if self.world_size > 1 else ParallelMode.NOT_PARALLEL
+
+    @property
+    def world_size(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def process_index(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def local_process_index(self) -> int:
+        return self.ranks.local_rank
+
+    @property
+    def should_log(self) -> bool:
+        return self.ranks.is_local_main if self.log_on_each_node else self.ranks.is_main
+
+    @property
+    def should_save(self) -> bool:
+        return self.ranks.is_local_main if self.save_on_each_node else self.ranks.is_main
+
+    @contextlib.contextmanager
+    def main_process_first(self, local: bool = True, desc: str = "work") -> Iterator[None]:
+        """The main process (of each node, or of all) does the work, then the others do.
+
+        Before a process group exists there is nobody to wait for: everyone works at once.
+        """
+        if self.world_size == 1 or not dist.is_initialized():
+            yield
+            return
+        is_first = self.ranks.is_local_main if local else self.ranks.is_main
+        if not is_first:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if is_first:
+                dist.barrier()
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        if self.warmup_steps == 0:
+            return math.ceil(num_training_steps * self.warmup_ratio)
+        return int(super().get_warmup_steps(num_training_steps))
+
+    def tensorboard_dir(self) -> Path | None:
+        """Where TensorBoard's files go when it was said; None: where transformers puts them."""
+        return Path(self.logging_dir) if self.logging_dir is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # `training_args.bin` is opened on other machines: the place in this run stays out.
+        state = dict(self.__dict__)
+        for name in ("_ranks", "_setup_devices", "_n_gpu"):
+            state.pop(name, None)
+        return state

@@ -1,0 +1,35 @@
+"""What the trainer learns from the process's environment: the only place here that reads it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from bigtrain.plan import RunPlan
+from bigtrain.topology import RankInfo
+
+LOG_DIR_VARIABLE = "BIGTRAIN_LOG_DIR"
+EVENT_VARIABLE = "BIGTRAIN_EVENT_FD"
+
+
+def ranks() -> RankInfo:
+    """Which process of the run this is."""
+    return RankInfo.from_environment(os.environ)
+
+
+def plan() -> RunPlan | None:
+    """The plan of the run that this process belongs to; None without bigtrain's launcher."""
+    from bigtrain.plan import current_plan
+
+    return current_plan(os.environ)
+
+
+def log_dir() -> Path | None:
+    """Where this rank's log and metrics go; None without bigtrain's launcher."""
+    value = os.environ.get(LOG_DIR_VARIABLE)
+    return Path(value) if value else None
+
+
+def has_console() -> bool:
+    """True where an agent listens for progress events."""
+    return EVENT_VARIABLE in os.environ

@@ -1,0 +1,366 @@
+"""The one training loop: train → epoch → window → micro-batch.
+
+It knows the engine's protocol and no engine by name. In a step it waits for nothing of the
+device: losses add up there and are read at logging steps; what all ranks must know together (the
+items of a window, whether to stop) takes one small all-reduce a window.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import (
+    IntervalStrategy,
+    SaveStrategy,
+    TrainOutput,
+    find_executable_batch_size,
+    has_length,
+    speed_metrics,
+)
+
+from bigtrain.trainer import preparation, sharding
+from bigtrain.trainer.evaluation import Evaluation
+from bigtrain.trainer.resume import Resume
+from bigtrain.trainer.schedule import Schedule, make_schedule
+from bigtrain.trainer.stopping import StopRequestedError
+
+logger = logging.getLogger(__name__)
+
+
+class Loop(Evaluation, Resume):
+    """How the trainer trains."""
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, from the start or from a checkpoint. All ranks call it.
+
+        `resume_from_checkpoint`: a checkpoint's path, or True for the newest in `output_dir`.
+        Ends by SystemExit where the cluster asked to stop, with a checkpoint saved.
+        """
+        self._memory_tracker.start()
+        self.is_in_train = True
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.model_init is not None:
+            self._start_over(trial)
+        preparation.prepare_model(self)
+        run = find_executable_batch_size(
+            self._inner_training_loop, self._train_batch_size, self.args.auto_find_batch_size
+        )
+        with self._stop.listening():
+            try:
+                output: TrainOutput = run(
+                    checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
+                )
+            except StopRequestedError as stop:
+                self._leave(stop, trial)
+            finally:
+                preparation.restore_model(self)
+                self.is_in_train = False
+        return output
+
+    def _inner_training_loop(
+        self,
+        batch_size: int,
+        checkpoint: Path | None,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+    ) -> TrainOutput:
+        self._train_batch_size = batch_size
+        loader = self.get_train_dataloader()
+        schedule = make_schedule(
+            self.args,
+            batches=len(loader) if has_length(loader) else None,
+            num_examples=lambda: self.num_examples(loader),
+            global_batch=self.get_total_train_batch_size(self.args),
+        )
+        self._start_state(schedule, checkpoint, trial)
+        self._prepare_training(schedule, loader, checkpoint)
+        self._tell_what_runs(schedule)
+        start_time = time.time()
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        self._initial_global_step = self.state.global_step
+        self._reset_losses()
+        self._reporter.start(step=self.state.global_step)
+        self.engine.zero_grad()
+        self._fire("on_train_begin")
+        if self.args.eval_on_start:
+            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+        after_step = self._cadence(trial, ignore_keys_for_eval, start_time)
+        first_epoch = self.state.global_step // schedule.steps_per_epoch
+        for epoch in range(first_epoch, schedule.num_epochs):
+            self._run_epoch(epoch, loader, schedule, checkpoint, after_step)
+            checkpoint = None
+            if self.control.should_training_stop:
+                break
+        return self._finalize_training(schedule, start_time)
+
+    # ---- An epoch ----
+
+    def _run_epoch(
+        self,
+        epoch: int,
+        loader: DataLoader[Any],
+        schedule: Schedule,
+        resumed_from: Path | None,
+        after_step: Callable[..., None],
+    ) -> None:
+        self._fire("on_epoch_begin")
+        windows_done = self._windows_done(schedule, resumed_from)
+        if windows_done:
+            done = windows_done * self.args.gradient_accumulation_steps
+            loader = sharding.skip_batches(loader, done)
+        elif resumed_from is not None:
+            self._load_rng_state(resumed_from)
+            resumed_from = None
+        _set_epoch(loader, epoch)
+        batches = iter(loader)
+        last_of_epoch = schedule.steps_per_epoch - 1
+        has_batches = windows_done > 0
+        grad_norm, learning_rate = None, None
+        for window in range(windows_done, schedule.steps_per_epoch):
+            self._stop.check()
+            size = self._window_size(schedule, is_last=window == last_of_epoch)
+            micro_batches, num_items = self.get_batch_samples(batches, size, self.args.device)
+            self._pass_stop_flag()
+            if resumed_from is not None:
+                # Reading the data drew from the generators; the training goes on where it was.
+                self._load_rng_state(resumed_from)
+                resumed_from = None
+            if not micro_batches:
+                break
+            has_batches = True
+            done = window * self.args.gradient_accumulation_steps + len(micro_batches)
+            progress = epoch + done / schedule.batches_per_epoch
+            grad_norm, learning_rate = self._run_window(micro_batches, num_items, progress)
+            if not self._ends_within_window:
+                after_step(epoch, grad_norm, learning_rate)
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+        if not has_batches:
+            self._tell_that_data_is_empty()
+        self._fire("on_epoch_end")
+        after_step(epoch, grad_norm, learning_rate)
+
+    def _window_size(self, schedule: Schedule, *, is_last: bool) -> int:
+        """Micro-batches in a window; an epoch's last one has what is left."""
+        accumulation: int = self.args.gradient_accumulation_steps
+        left = schedule.batches_per_epoch % accumulation
+        return left if is_last and left else accumulation
+
+    def _windows_done(self, schedule: Schedule, resumed_from: Path | None) -> int:
+        if resumed_from is None or self.args.ignore_data_skip:
+            return 0
+        return int(self.state.global_step % schedule.steps_per_epoch)
+
+    def _pass_stop_flag(self) -> None:
+        if self._stop.is_armed and not self._has_exchanged:
+            self._stop.exchange(None)
+        self._has_exchanged = False
+
+    # ---- A window: one optimizer step ----
+
+    def _run_window(
+        self, micro_batches: list[Any], num_items: Tensor | int | None, epoch_progress: float
+    ) -> tuple[Tensor | None, float | None]:
+        """Accumulate, step, schedule. The gradient norm (on the device) and the learning rate."""
+        self.current_gradient_accumulation_steps = len(micro_batches)
+        self._ends_within_window = False
+        for index, inputs in enumerate(micro_batches):
+            is_last = index == len(micro_batches) - 1
+            if index == 0:
+                self._fire("on_step_begin")
+            self._run_micro_batch(inputs, num_items, is_last=is_last)
+            if not is_last:
+                self._fire("on_substep_end")
+                if self.control.should_epoch_stop or self.control.should_training_stop:
+                    self._ends_within_window = True
+                    return None, None
+        result = self.engine.step(self._norm_limit(), before_update=self._before_update)
+        self._fire("on_optimizer_step")
+        learning_rate = self._get_learning_rate()
+        if not result.skipped and not self._follows_metric():
+            self.lr_scheduler.step()
+        self.engine.zero_grad()
+        self.state.global_step += 1
+        self.state.epoch = epoch_progress
+        self._samples_seen += self._global_batch_size
+        self._fire("on_step_end")
+        return result.grad_norm, learning_rate
+
+    def _run_micro_batch(
+        self, inputs: Any, num_items: Tensor | int | None, *, is_last: bool
+    ) -> None:
+        self.accelerator.gradient_state._set_sync_gradients(is_last)
+        with self.engine.accumulating(last=is_last):
+            loss = self.training_step(self.model_wrapped, inputs, num_items)
+        self._add_loss_of_step(loss)
+        self._count_work(inputs)
+        self._track_num_input_tokens(inputs)
+
+    def _before_update(self) -> None:
+        self._fire("on_pre_optimizer_step")
+
+    def _norm_limit(self) -> float | None:
+        """What `engine.step` clips to. Without clipping the norm is still logged, so it is asked
+        for (with a limit that nothing reaches) at the steps that log."""
+        args, state = self.args, self.state
+        if args.max_grad_norm is not None and args.max_grad_norm > 0:
+            return float(args.max_grad_norm)
+        step = state.global_step + 1
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS
+        logs = by_steps and step % max(1, state.logging_steps) == 0
+        return math.inf if logs or (step == 1 and args.logging_first_step) else None
+
+    # ---- Cadence: log, evaluate, save ----
+
+    def _cadence(
+        self, trial: Any, ignore_keys_for_eval: list[str] | None, start_time: float
+    ) -> Callable[..., None]:
+        def after_step(epoch: int, grad_norm: Any, learning_rate: float | None) -> None:
+            self._maybe_log_save_evaluate(
+                self._tr_loss,
+                grad_norm,
+                self.model_wrapped,
+                trial,
+                epoch,
+                ignore_keys_for_eval,
+                start_time,
+                learning_rate=learning_rate,
+            )
+
+        return after_step
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: Tensor,
+        grad_norm: Tensor | float | None,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Do what the callbacks asked for after a step: log, evaluate, save."""
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            rate = self._get_learning_rate() if learning_rate is None else learning_rate
+            self._log_losses(grad_norm, rate, start_time)
+        if self.control.should_evaluate:
+            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            is_best = self._determine_best_metric(metrics=metrics, trial=trial)
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.control.should_save = is_best
+        if self.control.should_save:
+            self._save_checkpoint(model, trial)
+            self._fire("on_save")
+
+    # ---- Start and end ----
+
+    def _start_over(self, trial: Any) -> None:
+        """A fresh model from `model_init`, and with it a fresh engine, optimizer and schedule."""
+        preparation.seed(self.args)
+        if self._is_prepared:
+            self.engine.close()
+            self._use_engine(self._build_engine())
+        self._adopt_model(self.call_model_init(trial))
+        self.optimizer, self.lr_scheduler = None, None
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Samples in one optimizer step over all ranks."""
+        return int(self._train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+    def _start_state(self, schedule: Schedule, checkpoint: Path | None, trial: Any) -> None:
+        self.state = self._new_state()
+        self.state.is_hyper_param_search = trial is not None
+        self.state.train_batch_size = self._train_batch_size
+        self.state.compute_steps(self.args, schedule.max_steps)
+        self._load_state(checkpoint, max_steps=schedule.max_steps)
+        self.state.init_training_references(self, schedule.max_steps, schedule.num_epochs, trial)
+        self.current_flos = 0.0
+        self._samples_seen = 0
+        self._global_batch_size = schedule.global_batch_size
+        self._ends_within_window = False
+
+    def _prepare_training(
+        self, schedule: Schedule, loader: DataLoader[Any], checkpoint: Path | None
+    ) -> None:
+        """Model and optimizer into the engine, the schedule on top, then what was saved."""
+        preparation.prepare_engine(self, checkpoint)
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
+        self.create_scheduler(num_training_steps=schedule.max_steps)
+        if checkpoint is not None:
+            self._load_training(checkpoint)
+        for name in ("model", "optimizer", "lr_scheduler"):
+            setattr(self.callback_handler, name, getattr(self, name))
+        self.callback_handler.train_dataloader = loader
+
+    def _finalize_training(self, schedule: Schedule, start_time: float) -> TrainOutput:
+        self._total_loss_scalar += self._tr_loss.item()
+        steps = self.state.global_step - self._initial_global_step
+        train_loss = self._total_loss_scalar / max(steps, 0.001)
+        metrics = speed_metrics(
+            "train",
+            start_time,
+            num_samples=schedule.num_train_samples * steps / max(self.state.max_steps, 1),
+            num_steps=steps,
+        )
+        self.store_flos()
+        metrics["total_flos"] = self.state.total_flos
+        metrics["train_loss"] = train_loss
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self._fire("on_train_end")
+        return TrainOutput(self.state.global_step, train_loss, metrics)
+
+    def _leave(self, stop: StopRequestedError, trial: Any) -> NoReturn:
+        """Save what is there, together with all ranks, and end this process."""
+        self._reporter.say(f"stopping at step {self.state.global_step}: saving a checkpoint first")
+        if self.state.global_step > 0:
+            self._save_checkpoint(self.model_wrapped, trial)
+            self._fire("on_save")
+        raise SystemExit(stop.exit_code)
+
+    def _tell_what_runs(self, schedule: Schedule) -> None:
+        logger.info(
+            "training %d steps of %d samples on engine %s (%d examples, %d steps an epoch)",
+            schedule.max_steps,
+            schedule.global_batch_size,
+            self.engine.name,
+            schedule.num_examples,
+            schedule.steps_per_epoch,
+        )
+
+    def _tell_that_data_is_empty(self) -> None:
+        logger.warning(
+            "There seems not to be a single sample in your epoch_iterator, stopping training at "
+            "step %d! This is expected if you're using an IterableDataset and set num_steps (%d) "
+            "higher than the number of available samples.",
+            self.state.global_step,
+            self.state.max_steps,
+        )
+        self.control.should_training_stop = True
+
+
+def _set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the epoch to whatever orders the samples, however deep it is wrapped."""
+    target: Any = loader
+    while target is not None:
+        for one in (target, getattr(target, "sampler", None)):
+            set_epoch = getattr(one, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        target = getattr(target, "batch_sampler", None)

@@ -1,0 +1,258 @@
+"""Saving: the model for others, and checkpoints that training goes on from."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.trainer_utils import (
+    PREFIX_CHECKPOINT_DIR,
+    _is_peft_model,
+    unwrap_peft_model,
+)
+
+from bigtrain.checkpoint.manifest import Progress
+from bigtrain.checkpoint.save import save_checkpoint
+from bigtrain.checkpoint.staging import rotate
+from bigtrain.errors import CheckpointError, UnsupportedError
+from bigtrain.trainer import collectives, rng
+from bigtrain.trainer.core import TrainerCore
+from bigtrain.trainer.reporting import Reporting
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE_FILE = "trainer_state.json"
+TRAINING_ARGS_FILE = "training_args.bin"
+SAFETENSORS_FILE = "model.safetensors"
+TORCH_FILE = "pytorch_model.bin"
+
+
+class Saving(Reporting, TrainerCore):
+    """What the trainer writes."""
+
+    _run_id: str | None = None
+    _samples_seen = 0
+
+    # ---- The model ----
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model so that `from_pretrained` loads it, with config and tokenizer.
+
+        All ranks call it; the main one writes. Weights have the precision the model came with.
+        """
+        directory = output_dir or str(self.args.output_dir)
+        if not self._is_prepared:
+            state_dict = dict(self.model.state_dict()) if self.args.should_save else {}
+        else:
+            state_dict = self._whole_weights(keep_masters=_internal_call)
+        if self.args.should_save:
+            self._save(directory, state_dict=state_dict)
+
+    def _whole_weights(self, *, keep_masters: bool) -> dict[str, Tensor]:
+        """All weights on the main rank's CPU, each as it gets there; none on other ranks."""
+        weights: dict[str, Tensor] = {}
+        for name, tensor in self.engine.full_weights():
+            if tensor is not None and self.args.should_save:
+                dtype = self._original_dtypes.get(name, tensor.dtype)
+                weights[name] = tensor if keep_masters else tensor.to(dtype)
+        return weights
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write model, tokenizer and arguments from one process."""
+        directory = Path(output_dir) if output_dir else self._output_dir()
+        directory.mkdir(parents=True, exist_ok=True)
+        if state_dict is None:
+            state_dict = dict(self.model.state_dict())
+        self._save_weights(directory, state_dict)
+        self._save_companions(directory)
+
+    def _save_weights(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
+        model: Any = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not self.args.save_safetensors and not _is_peft_model(model):
+            torch.save(state_dict, directory / TORCH_FILE)
+            self._save_config(directory)
+        elif isinstance(model, PreTrainedModel) or _is_peft_model(model):
+            dtype = next((t.dtype for t in state_dict.values() if t.is_floating_point()), None)
+            with _without_progress_bar():
+                model.save_pretrained(str(directory), state_dict=state_dict)
+            if isinstance(model, PreTrainedModel) and dtype not in (None, model.dtype):
+                _say_dtype(model.config, directory, dtype)
+        else:
+            path = str(directory / SAFETENSORS_FILE)
+            safetensors.torch.save_file(
+                _without_aliases(state_dict), path, metadata={"format": "pt"}
+            )
+
+    def _save_config(self, directory: Path) -> None:
+        model: Any = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
+        config: Any = getattr(model, "config", None)
+        if hasattr(config, "save_pretrained"):
+            if isinstance(model, PreTrainedModel):
+                config.architectures = [model.__class__.__name__.removeprefix("FSDP")]
+            config.save_pretrained(str(directory))
+        generation = getattr(model, "generation_config", None)
+        if generation is not None and model.can_generate():
+            generation.save_pretrained(str(directory))
+
+    def _save_companions(self, directory: Path) -> None:
+        """Tokenizer or processor, and the arguments."""
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(directory))
+        torch.save(self.args, directory / TRAINING_ARGS_FILE)
+
+    # ---- Checkpoints ----
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Commit `checkpoint-<step>`; older ones go only after that. All ranks call it."""
+        self.store_flos()
+        output_dir = Path(self._get_output_dir(trial)).absolute()
+        target = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._remember_best(output_dir, target)
+        self._remember_callbacks()
+        save_checkpoint(
+            target,
+            engine=self.engine,
+            world=self.args.ranks,
+            run_id=self._run(),
+            progress=self._progress(),
+            scheduler_state=self.lr_scheduler.state_dict(),
+            rng_state=rng.state(self.engine.device),
+            write_files=self._write_checkpoint_files,
+            only_model=self.args.save_only_model,
+        )
+        self._reporter.saved(target, self.state.global_step)
+        self._rotate(output_dir, newest=target)
+
+    def _write_checkpoint_files(self, directory: Path) -> None:
+        """The files that the checkpoint itself does not make; on rank 0, without collectives."""
+        if self.engine.is_sharded:
+            self._save_config(directory)
+            self._save_companions(directory)
+        else:
+            self.save_model(str(directory), _internal_call=True)
+        self.state.save_to_json(str(directory / TRAINER_STATE_FILE))
+
+    def _progress(self) -> Progress:
+        return Progress(
+            step=self.state.global_step,
+            epoch=self.state.epoch or 0.0,
+            samples_seen=self._samples_seen,
+            tokens_seen=self.state.num_input_tokens_seen,
+            seed=self.args.seed,
+        )
+
+    def _run(self) -> str:
+        """The id that this run's checkpoints bear; a resumed run keeps its first one."""
+        if self._run_id is None:
+            self._run_id = collectives.from_main(uuid.uuid4().hex)
+        return self._run_id
+
+    def _remember_best(self, output_dir: Path, target: Path) -> None:
+        if not self.state.best_global_step:
+            return
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == target or best.exists():
+            relative = Path(self._get_output_dir()) / best.name
+            self.state.best_model_checkpoint = str(relative)
+
+    def _remember_callbacks(self) -> None:
+        """Callbacks' states of now, in the state that is saved."""
+        states: dict[str, Any] = {}
+        for callback in self._stateful_callbacks():
+            name = callback.__class__.__name__
+            if name not in states:
+                states[name] = callback.state()
+            elif isinstance(states[name], list):
+                states[name].append(callback.state())
+            else:
+                states[name] = [states[name], callback.state()]
+        state: Any = self.state
+        state.stateful_callbacks = states
+
+    def _rotate(self, output_dir: Path, *, newest: Path) -> None:
+        keep = self.args.save_total_limit
+        if keep is None or keep <= 0 or not self.args.should_save:
+            return
+        protect = {newest}
+        if self.state.best_model_checkpoint is not None:
+            protect.add(Path(self.state.best_model_checkpoint).absolute())
+        # As in transformers: with a limit of one the newest stays beside the best.
+        keep = max(keep, len(protect))
+        try:
+            rotate(output_dir, run_id=self._run(), keep=keep, protect=protect)
+        except OSError as error:
+            logger.warning("older checkpoints in %s could not be removed: %s", output_dir, error)
+
+    def _check_saving(self) -> None:
+        """Refuse at construction what would fail at the first save."""
+        args = self.args
+        nodes = args.world_size // max(1, args.ranks.local_world_size)
+        if args.save_on_each_node and nodes > 1:
+            raise UnsupportedError(
+                "save_on_each_node is not supported on several nodes; give an output_dir on "
+                "storage that all nodes share"
+            )
+        if args.push_to_hub:
+            raise UnsupportedError(
+                "push_to_hub is not supported; save the model and upload it with "
+                "`huggingface-cli upload`"
+            )
+        if args.save_only_model and args.load_best_model_at_end and self.engine.is_sharded:
+            raise ValueError(
+                f"save_only_model can't be used with load_best_model_at_end on engine "
+                f"{self.engine.name}"
+            )
+
+    def _require_resumable(self, path: Path, has_optimizer: bool) -> None:
+        if not has_optimizer:
+            raise CheckpointError(
+                f"{path} holds a model only (it was saved with save_only_model), so training "
+                "can't go on from it; give a checkpoint with an optimizer, or load it as the model"
+            )
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """A bar for every checkpoint would cut the training's own to pieces."""
+    was_on = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers.logging.enable_progress_bar()
+
+
+def _say_dtype(config: Any, directory: Path, dtype: torch.dtype | None) -> None:
+    """Let the saved config name the precision of the weights beside it.
+
+    `save_pretrained` writes the live model's, which is that of the masters or of the arithmetic.
+    """
+    live, config.dtype = config.dtype, dtype
+    config.save_pretrained(str(directory))
+    config.dtype = live
+
+
+def _without_aliases(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors stores no two names for one storage: the first name stays."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        kept[name] = tensor.contiguous()
+    return kept

@@ -1,0 +1,67 @@
+"""How long a training is: in steps, epochs, batches and samples."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bigtrain.trainer.arguments import TrainingArguments
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a training is, counted in all the ways that are needed."""
+
+    max_steps: int
+    num_epochs: int
+    steps_per_epoch: int
+    """Optimizer steps in an epoch."""
+    batches_per_epoch: int
+    """Micro-batches of one rank in an epoch."""
+    num_examples: int
+    num_train_samples: float
+    global_batch_size: int
+
+
+def make_schedule(
+    args: TrainingArguments,
+    *,
+    batches: int | None,
+    num_examples: Callable[[], int],
+    global_batch: int,
+) -> Schedule:
+    """By `max_steps`, else by epochs. `batches`: of one rank in an epoch; None where the data has
+    no length, and then only `max_steps` can tell."""
+    accumulation = args.gradient_accumulation_steps
+    if batches is None and args.max_steps <= 0:
+        raise ValueError(
+            "args.max_steps must be set to a positive value if dataloader does not have a "
+            f"length, was {args.max_steps}"
+        )
+    by_steps = args.max_steps > 0
+    if not batches:
+        return Schedule(
+            max_steps=args.max_steps,
+            num_epochs=sys.maxsize,
+            steps_per_epoch=args.max_steps,
+            batches_per_epoch=args.max_steps * accumulation,
+            num_examples=args.max_steps * global_batch,
+            num_train_samples=args.max_steps * global_batch,
+            global_batch_size=global_batch,
+        )
+    per_epoch = math.ceil(batches / accumulation)
+    steps = args.max_steps if by_steps else math.ceil(args.num_train_epochs * per_epoch)
+    epochs = steps / per_epoch if by_steps else args.num_train_epochs
+    examples = num_examples()
+    samples = steps * global_batch if by_steps else examples * args.num_train_epochs
+    return Schedule(
+        max_steps=steps,
+        num_epochs=math.ceil(epochs),
+        steps_per_epoch=per_epoch,
+        batches_per_epoch=batches,
+        num_examples=examples,
+        num_train_samples=samples,
+        global_batch_size=global_batch,
+    )

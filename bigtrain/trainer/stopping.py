@@ -1,0 +1,110 @@
+"""Stopping when the cluster asks: a signal becomes a flag, and all ranks leave at the same step.
+
+A signal reaches ranks at different moments. Each rank only notes it; the note travels with the
+all-reduce that every accumulation window makes anyway, and is read one window later, so that no
+rank waits for it. Then all save together and leave with an exit code that tells the cluster why.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bigtrain.trainer import collectives
+
+EXIT_TERMINATED = 143
+"""Left on SIGTERM, as a shell reports it."""
+EXIT_REQUEUE = 85
+"""Left on SIGUSR1 or SIGUSR2, the early notice that schedulers give: run me again."""
+
+# Weight of a signal in the flag that ranks sum. Above any number of ranks, so that the sum tells
+# whether any rank has seen an early notice.
+_TERMINATED, _NOTICED = 1, 1 << 20
+
+
+class StopRequestedError(Exception):
+    """All ranks have agreed to stop. The loop saves, then leaves with `exit_code`."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"stopping with exit code {exit_code}")
+        self.exit_code = exit_code
+
+
+class StopFlag:
+    """This rank's note of a signal, and what all ranks have agreed on so far.
+
+    Armed only under a launcher that sends signals; else it costs nothing and stops nothing.
+    """
+
+    def __init__(self, *, device: torch.device, is_armed: bool) -> None:
+        self.is_armed = is_armed
+        self._device = device
+        self._noted = 0
+        self._pending: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, TERM, USR1 and USR2 are noted instead of ending the process."""
+        # Python allows handlers in the main thread only.
+        if not self.is_armed or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {
+            number: signal.signal(number, self._note)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._noted = self._noted or (_TERMINATED if number == signal.SIGTERM else _NOTICED)
+
+    def exchange(self, items: Tensor | None) -> Tensor | None:
+        """The sum of `items` (0-dim) over all ranks, with this rank's note; all ranks call it."""
+        if collectives.world_size() == 1:
+            return items
+        # Filled, not made from a list: that would wait for the device.
+        message = torch.full((2,), self._noted, dtype=torch.int64, device=self._device)
+        if items is None:
+            message[0].zero_()
+        else:
+            message[0].copy_(items)
+        dist.all_reduce(message)
+        self._keep(message)
+        return None if items is None else message[0]
+
+    def _keep(self, message: Tensor) -> None:
+        if message.device.type == "cpu":
+            self._pending = message
+            return
+        self._pending = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        self._pending.copy_(message, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def check(self) -> None:
+        """Raises StopRequestedError when the last exchange but none later carried a note.
+
+        Call it before the next exchange: by then the last one's answer has long arrived.
+        """
+        agreed = self._noted if collectives.world_size() == 1 else self._answer()
+        if agreed:
+            raise StopRequestedError(EXIT_REQUEUE if agreed >= _NOTICED else EXIT_TERMINATED)
+
+    def _answer(self) -> int:
+        if self._pending is None:
+            return 0
+        if self._copied is not None:
+            self._copied.synchronize()
+        return int(self._pending.numpy()[1])

@@ -1,0 +1,204 @@
+"""The translation itself: values and an engine in; its config and the fate of every field out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, Literal
+
+from bigtrain.arguments.schema import Schema, load_schema
+from bigtrain.errors import UnsupportedError
+from bigtrain.topology import Topology
+from bigtrain.translate import ddp, deepspeed, foreign, fsdp, precision, single
+from bigtrain.translate.config import (
+    ArgumentFate,
+    DdpSettings,
+    DeepSpeedSettings,
+    DTypeName,
+    EngineConfig,
+    EngineName,
+    EngineOptions,
+    EngineSettings,
+    Translation,
+)
+from bigtrain.translate.fates import FATES, refusals
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Request:
+    """All that the translators read."""
+
+    values: Mapping[str, Any]
+    topology: Topology
+    on_cpu: bool
+    compute: DTypeName
+    options: EngineOptions
+    hidden_size: int | None
+
+
+def _zero(stage: Literal[1, 2, 3]) -> Callable[[_Request], EngineSettings]:
+    def settings(request: _Request) -> EngineSettings:
+        return deepspeed.settings(
+            request.values,
+            stage=stage,
+            topology=request.topology,
+            compute=request.compute,
+            options=request.options,
+            on_cpu=request.on_cpu,
+            hidden_size=request.hidden_size,
+        )
+
+    return settings
+
+
+_SETTINGS: Mapping[EngineName, Callable[[_Request], EngineSettings]] = {
+    "single": lambda request: single.settings(),
+    "ddp": lambda request: ddp.settings(request.values),
+    "fsdp": lambda request: fsdp.settings(request.options, request.topology),
+    "zero1": _zero(1),
+    "zero2": _zero(2),
+    "zero3": _zero(3),
+}
+_ON_DEEPSPEED = frozenset({"zero1", "zero2", "zero3"})
+_SHARDED = _ON_DEEPSPEED | {"fsdp"}
+_NEED_THE_WHOLE_MODEL = ("bf16_full_eval", "fp16_full_eval", "jit_mode_eval", "torch_compile")
+
+
+def topology_for(
+    engine: EngineName, *, nodes: int = 1, procs_per_node: int = 1, shard: int | None = None
+) -> Topology:
+    """The shape of a run on `engine`: one copy of the model over `shard` ranks, or over all."""
+    world_size = nodes * procs_per_node
+    shard_size = (shard or world_size) if engine in _SHARDED else 1
+    return Topology(nodes=nodes, procs_per_node=procs_per_node, shard_size=shard_size)
+
+
+def translate(
+    values: Mapping[str, Any],
+    *,
+    engine: EngineName,
+    topology: Topology,
+    device: Device,
+    options: EngineOptions | None = None,
+    hidden_size: int | None = None,
+    origins: Mapping[str, str] | None = None,
+) -> Translation:
+    """What `engine` is told so that `values` hold, and what became of every argument.
+
+    `values` are TrainingArguments fields; those left out have their defaults. They may come from
+    a run file or from a live TrainingArguments. `options.shard` is already in `topology` (see
+    `topology_for`). `hidden_size` sizes DeepSpeed's buckets. `origins` (`training.bf16` →
+    `run.yaml:12`) tell where a value was said.
+
+    Raises UnsupportedError that lists everything which can't be had, with its origin.
+    """
+    schema = load_schema()
+    options = foreign.merge(options or EngineOptions(), values)
+    whole = {name: field.default for name, field in schema.items()} | {
+        name: value.value if isinstance(value, Enum) else value for name, value in values.items()
+    }
+    request = _Request(
+        values=whole,
+        topology=topology,
+        on_cpu=device == "cpu",
+        compute=precision.compute_dtype(whole),
+        options=options,
+        hidden_size=hidden_size,
+    )
+    found = tuple(_faults(request, engine, schema))
+    if found:
+        raise UnsupportedError(_with_origins(found, origins or {}))
+    config = EngineConfig(
+        name=engine,
+        settings=foreign.overlay(_SETTINGS[engine](request), values),
+        compute_dtype=request.compute,
+        master_dtype=options.master_dtype or "fp32",
+    )
+    return Translation(engine=config, fates=_fates(config, schema))
+
+
+def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[tuple[str, str]]:
+    """(`section.key`, what is wrong and the fix), all of them."""
+    values, options, topology = request.values, request.options, request.topology
+    for name, why in refusals(values, schema):
+        yield f"training.{name}", f"not supported: {why}"
+    for name, why in precision.faults(
+        values,
+        on_deepspeed=engine in _ON_DEEPSPEED,
+        on_cpu=request.on_cpu,
+        bf16_masters=options.master_dtype == "bf16",
+    ):
+        yield f"training.{name}", why
+    for name, why in foreign.faults(values, engine=engine):
+        yield f"training.{name}", why
+    backend = "gloo" if request.on_cpu else "nccl"
+    if values["ddp_backend"] not in (None, backend):
+        yield "training.ddp_backend", f"{values['ddp_backend']!r} is not {backend}; leave it out"
+    yield from _fault_of_shape(request, engine)
+    if engine == "single":
+        for why in single.faults(topology):
+            yield "engine.name", why
+    if engine in _ON_DEEPSPEED:
+        for key, why in deepspeed.faults(options, topology):
+            yield f"engine.{key}", why
+    if engine not in _SHARDED:
+        for key in ("shard", "cpu_offload", "reshard_after_forward", "wrap_classes"):
+            if getattr(options, key) is not None:
+                yield f"engine.{key}", f"{engine} does not shard; leave it out, or use engine fsdp"
+
+
+def _fault_of_shape(request: _Request, engine: EngineName) -> Iterator[tuple[str, str]]:
+    """Arguments that ask for what this engine or this number of nodes can't give."""
+    for name in _NEED_THE_WHOLE_MODEL if engine in _SHARDED else ():
+        if request.values[name]:
+            yield (
+                f"training.{name}",
+                f"not supported on {engine}, where no rank has the whole model; "
+                "leave it out, or use engine single or ddp",
+            )
+    if request.values["save_on_each_node"] and request.topology.nodes > 1:
+        yield (
+            "training.save_on_each_node",
+            "not supported on several nodes; give an output_dir that all nodes share",
+        )
+
+
+def _with_origins(
+    faults: tuple[tuple[str, str], ...], origins: Mapping[str, str]
+) -> tuple[str, ...]:
+    return tuple(
+        f"{origins[key]}: {key}: {why}" if key in origins else f"{key}: {why}"
+        for key, why in faults
+    )
+
+
+def _fates(config: EngineConfig, schema: Schema) -> tuple[ArgumentFate, ...]:
+    mapped = _mapped(config.settings)
+    return tuple(
+        ArgumentFate(argument=name, fate="mapped", detail=mapped[name])
+        if name in mapped
+        else _ruled(name)
+        for name in schema
+    )
+
+
+def _mapped(settings: EngineSettings) -> Mapping[str, str]:
+    if isinstance(settings, DdpSettings):
+        return ddp.mapped(settings)
+    if isinstance(settings, DeepSpeedSettings):
+        return deepspeed.mapped(settings)
+    return {}
+
+
+def _ruled(name: str) -> ArgumentFate:
+    rule = FATES.get(name)
+    if rule is None or rule.fate == "refused":
+        # What differs from its default was refused before this; so nothing was asked for.
+        why = rule.detail if rule else "bigtrain does not know it yet"
+        return ArgumentFate(
+            argument=name, fate="no_effect", detail=f"at its default; else refused: {why}"
+        )
+    return ArgumentFate(argument=name, fate=rule.fate, detail=rule.detail)

@@ -1,0 +1,242 @@
+"""One rank of a run file's training: the plan in, a trained model out.
+
+Started by bigtrain's agent with a plan, or by torchrun, srun or hand with a run file:
+
+    torchrun --nproc-per-node 2 -m bigtrain.worker RUN.yaml --set training.max_steps=20
+    python -m bigtrain.worker RUN.yaml
+
+The order is the point: data is prepared before the ranks join, so that nobody waits for it inside
+a collective, and the model is made by the engine, so that no rank holds more of it than it must.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import default_data_collator
+
+from bigtrain import rank_logging
+from bigtrain.checkpoint.find import find_checkpoint
+from bigtrain.cluster.environment import RESTART_VARIABLE
+from bigtrain.data.dataset import PadBatch
+from bigtrain.data.prepare import PreparedData, prepare
+from bigtrain.device import choose_device
+from bigtrain.engine import build_engine, process_group
+from bigtrain.engine.protocol import Engine
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.model_section import ModelFactory, load_tokenizer, model_factory
+from bigtrain.own_plan import own_plan, record
+from bigtrain.plan import PLAN_VARIABLE, RunPlan, current_plan
+from bigtrain.sample import as_lines, is_small, write_sample
+from bigtrain.topology import RankInfo
+from bigtrain.trainer import collectives
+from bigtrain.trainer.arguments import TrainingArguments
+from bigtrain.trainer.trainer import Trainer
+
+# By name: run with -m, this module is __main__.
+logger = logging.getLogger("bigtrain.worker")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """What a rank has before it meets the others."""
+
+    args: TrainingArguments
+    tokenizer: Any
+    data: PreparedData
+    factory: ModelFactory
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as this rank of the run that the environment's plan, or else `argv`, describes.
+
+    Returns the exit code; raises BigtrainError for what a user can mend.
+    """
+    world = RankInfo.from_environment(os.environ)
+    plan = current_plan(os.environ)
+    rank_logging.set_up(world, has_agent=plan is not None)
+    if plan is not None:
+        run(plan, world=world)
+        return 0
+    plan = own_plan(sys.argv[1:] if argv is None else argv, world=world, environment=os.environ)
+    run(plan, world=world, is_own=True)
+    return 0
+
+
+def run(plan: RunPlan, *, world: RankInfo, is_own: bool = False) -> None:
+    """The whole training of `plan` on this rank. All ranks call it.
+
+    `is_own`: the ranks derived the plan themselves, and it is still to be recorded.
+    """
+    # Where no agent has said so: else DeepSpeed looks for a device itself, and warns.
+    os.environ.setdefault("DS_ACCELERATOR", plan.device)
+    device = choose_device(plan.device, world=world)
+    parts = _prepare(plan, world)
+    if world.world_size > 1:
+        _keep_flight_record(plan)
+        process_group.join(world, device=device, timeout_s=parts.args.ddp_timeout)
+    if is_own:
+        os.environ[PLAN_VARIABLE] = str(record(plan, world=world))
+    engine = build_engine(plan.engine, world=world, device=device)
+    trainer = _make_trainer(parts, engine)
+    losses = _train(trainer, plan)
+    # In no `finally`: after an error here the others may be inside a collective, and leaving in
+    # order would wait for them. The launcher ends them; the exit handler of `join` does the rest.
+    engine.close()
+    process_group.leave()
+    if world.is_main:
+        _report(plan, parts, losses)
+
+
+def _prepare(plan: RunPlan, world: RankInfo) -> _Parts:
+    args = _arguments(plan)
+    root = Path(plan.working_dir)
+    tokenizer = load_tokenizer(plan.tokenizer, model=plan.model, root=root)
+    factory = model_factory(
+        plan.model,
+        tokenizer=tokenizer,
+        sequence_length=int(plan.data["sequence_length"]),
+        seed=args.seed,
+        root=root,
+    )
+    data = prepare(plan.data, tokenizer, cache_root=_cache_root(plan.data), root=root)
+    # Tokenising is done. Said before any DataLoader worker is forked, or each would warn of it.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if world.is_main:
+        _introduce(plan, args, data)
+    return _Parts(args=args, tokenizer=tokenizer, data=data, factory=factory)
+
+
+def _arguments(plan: RunPlan) -> TrainingArguments:
+    said = {"logging_dir": str(Path(plan.output_dir) / "tensorboard"), **plan.training}
+    said["output_dir"] = plan.output_dir
+    try:
+        return TrainingArguments(**said)
+    except ValueError as error:
+        raise ConfigError(f"training: {error}") from error
+
+
+def _cache_root(section: Mapping[str, Any]) -> Path:
+    if section.get("cache_dir"):
+        return Path(section["cache_dir"]).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "bigtrain" / "data"
+
+
+def _keep_flight_record(plan: RunPlan) -> None:
+    """NCCL's last collectives, dumped when one hangs; whoever set the variables knows better."""
+    if plan.device != "cuda":
+        return
+    directory = Path(plan.output_dir) / "logs" / f"attempt-{plan.attempt:02d}"
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, value in process_group.nccl_environment(directory).items():
+        os.environ.setdefault(name, value)
+
+
+def _make_trainer(parts: _Parts, engine: Engine) -> Trainer:
+    collator: Callable[..., Any] = default_data_collator
+    if not parts.data.packed:
+        token = parts.tokenizer.pad_token_id
+        collator = PadBatch(parts.tokenizer.eos_token_id if token is None else token)
+    return Trainer(
+        model=engine.construct(parts.factory, parts.factory.skeleton),
+        args=parts.args,
+        data_collator=collator,
+        train_dataset=parts.data.train,
+        eval_dataset=parts.data.evaluation,
+        processing_class=parts.tokenizer,
+        engine=engine,
+    )
+
+
+def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]:
+    """Train, export, evaluate. Returns the first and the last evaluation loss."""
+    if plan.training.get("do_train", True):
+        trainer.train(resume_from_checkpoint=_checkpoint(trainer, plan))
+        trainer.save_model()
+    wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
+    if wants_evaluation and not _is_evaluated(trainer):
+        trainer.evaluate()
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return (losses[0], losses[-1]) if losses else (None, None)
+
+
+def _checkpoint(trainer: Trainer, plan: RunPlan) -> str | bool:
+    """The checkpoint that training goes on from, or False. Rank 0 decides for all."""
+    # After a restart the newest counts, whatever the first start was told.
+    restarted = int(os.environ.get(RESTART_VARIABLE, "0")) > 0
+    if plan.resume not in ("auto", "never") and not restarted:
+        return plan.resume
+    if plan.resume == "never" and not restarted:
+        return False
+    is_main = trainer.is_world_process_zero()
+    path = collectives.from_main(_newest(Path(plan.output_dir)) if is_main else None)
+    if path is None:
+        return False
+    logger.info("going on from %s", path)
+    return str(path)
+
+
+def _newest(output_dir: Path) -> Path | None:
+    found = find_checkpoint(output_dir)
+    for path, why in found.passed_over:
+        logger.warning("%s is passed over: %s", path, why)
+    return found.path
+
+
+def _is_evaluated(trainer: Trainer) -> bool:
+    """True where the last step's weights have been evaluated already."""
+    step = trainer.state.global_step
+    history = trainer.state.log_history
+    return any("eval_loss" in entry and entry.get("step") == step for entry in history)
+
+
+def _introduce(plan: RunPlan, args: TrainingArguments, data: PreparedData) -> None:
+    evaluation = len(data.evaluation) if data.evaluation is not None else 0
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    logger.info(
+        "%s on %d × %s, %s; %s sequences to train on, %s to evaluate on; %d per optimizer step",
+        plan.engine.name,
+        plan.topology.world_size,
+        plan.device,
+        plan.engine.compute_dtype,
+        f"{len(data.train):,}",
+        f"{evaluation:,}",
+        micro * accumulation * plan.topology.world_size,
+    )
+
+
+def _report(plan: RunPlan, parts: _Parts, losses: tuple[float | None, float | None]) -> None:
+    directory = Path(plan.output_dir)
+    first, last = losses
+    if first is not None and last is not None:
+        logger.info("evaluation loss %.3f → %.3f", first, last)
+    if parts.data.evaluation is not None and is_small(directory):
+        rows = range(min(16, len(parts.data.evaluation)))
+        texts = [parts.data.evaluation[row]["input_ids"] for row in rows]
+        sample = write_sample(directory, texts=texts, seed=parts.args.seed)
+        logger.info("the saved model, loaded by transformers, goes on (▸):")
+        for line in as_lines(*sample):
+            logger.info(line)
+    logger.info("model        %s", directory)
+    if "tensorboard" in (parts.args.report_to or ()):
+        logger.info("tensorboard  %s", parts.args.logging_dir)
+
+
+def _command() -> int:
+    """As `main`, for a rank without an agent: a user's mistake ends in its message alone."""
+    try:
+        return main()
+    except BigtrainError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(_command())

@@ -1,0 +1,142 @@
+"""Nodes are threads here; the connections between them are real."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from bigtrain.cluster.lifeline import EXIT_AGAIN, Ending, Lifeline, Verdict, judge
+from bigtrain.cluster.rendezvous import Seat, join
+
+VANISHED = "node2 vanished: the machine, its network or its agent is gone"
+
+
+class Node:
+    """A lifeline, and what was asked of its node."""
+
+    def __init__(self, seat: Seat) -> None:
+        joined = join(seat, dict, decide=lambda members: {})
+        if joined.listener is not None:
+            joined.listener.close()
+        self.told_to_end = threading.Event()
+        self.recorded: list[Verdict] = []
+        self.connections = joined.connections
+        self.lifeline = Lifeline(seat, joined, on_end=self.told_to_end.set)
+
+    def leave(self, code: int = 0, failure: str | None = None, time: float = 0.0) -> Verdict:
+        ending = Ending(code=code, failure=failure, time=time)
+        return self.lifeline.leave(ending, record=self.recorded.append)
+
+    def die(self) -> None:
+        for connection in self.connections.values():
+            connection.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[Node]]:
+    job = secrets.token_hex(8)
+    places = [
+        Seat(
+            node_rank=k,
+            num_nodes=3,
+            host=f"node{k}",
+            job=job,
+            token=job.encode(),
+            head_names=("127.0.0.1",),
+            hosts=("node0", "node1", "node2"),
+            deadline_s=20.0,
+        )
+        for k in range(3)
+    ]
+    with ThreadPoolExecutor(3) as pool:
+        yield list(pool.map(Node, places))
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(3) as executor:
+        yield executor
+
+
+def settle(*futures: Future[Verdict]) -> list[Verdict]:
+    return [future.result(timeout=20) for future in futures]
+
+
+def test_nodes_leave_together_with_one_verdict(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    early = [pool.submit(node.leave) for node in nodes[:2]]
+    time.sleep(0.3)
+    assert not any(future.done() for future in early)
+    assert settle(*early, pool.submit(nodes[2].leave)) == [Verdict(code=0, cause=None)] * 3
+    assert nodes[0].recorded == [Verdict(code=0, cause=None)]
+    assert not any(node.told_to_end.is_set() for node in nodes)
+
+
+def test_a_failure_ends_the_others_at_once_and_is_the_verdict_of_all(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    failed = pool.submit(nodes[1].leave, 3, "rank 1 failed", 100.0)
+    for node in (nodes[0], nodes[2]):
+        assert node.told_to_end.wait(5)
+    consequence = pool.submit(nodes[2].leave, 1, "connection reset", 101.0)
+    head = pool.submit(nodes[0].leave, 143)
+    verdicts = settle(failed, consequence, head)
+    assert verdicts == [Verdict(code=3, cause="rank 1 failed")] * 3
+    assert not nodes[1].told_to_end.is_set()
+
+
+def test_a_rank_that_is_failing_is_told_of_before_its_node_has_ended(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[2].lifeline.warn()
+    assert nodes[0].told_to_end.wait(5)
+    assert nodes[1].told_to_end.wait(5)
+    settle(*(pool.submit(node.leave, 1, "failed", 1.0) for node in nodes))
+
+
+def test_a_node_that_vanishes_is_named_and_the_run_wants_to_go_on(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[2].die()
+    assert nodes[0].told_to_end.wait(5)
+    assert nodes[1].told_to_end.wait(5)
+    verdicts = settle(*(pool.submit(node.leave, 1, "reset by peer", 1.0) for node in nodes[:2]))
+    assert verdicts == [Verdict(code=EXIT_AGAIN, cause=VANISHED)] * 2
+
+
+def test_a_node_that_loses_the_first_one_ends_by_itself(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[0].die()
+    for node in nodes[1:]:
+        assert node.told_to_end.wait(5)
+        assert node.lifeline.has_lost_head
+    verdict = pool.submit(nodes[1].leave, 143).result(timeout=20)
+    assert verdict.code == EXIT_AGAIN
+    assert verdict.cause is not None and verdict.cause.startswith("node0 vanished")
+    nodes[2].leave(143)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"), [((0, 0), 0), ((85, 143), 85), ((0, 143), 143), ((130, 130), 130)]
+)
+def test_without_a_failure_the_wish_to_go_on_counts_most(
+    codes: tuple[int, int], expected: int
+) -> None:
+    endings = {rank: Ending(code=code) for rank, code in enumerate(codes)}
+    assert judge(endings, {}) == Verdict(code=expected, cause=None)
+
+
+def test_a_kill_from_outside_is_the_cause_of_what_failed_a_moment_before() -> None:
+    endings = {
+        0: Ending(code=1, failure="connection reset", time=10.0),
+        1: Ending(code=137, failure="killed", time=10.1, from_outside=True),
+    }
+    assert judge(endings, {}) == Verdict(code=137, cause="killed")

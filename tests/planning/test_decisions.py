@@ -1,0 +1,271 @@
+"""From a command line to a plan: what is derived, what is refused, and whose directory it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.cluster import threads
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.layers import parse_assignment
+from bigtrain.plan import RunPlan, write_plan
+from bigtrain.planning import Request, Surroundings, make_plan
+from bigtrain.planning.output_dir import plan_path
+from bigtrain.topology import RankInfo
+
+RUN = """\
+model:
+  config: {model_type: llama, hidden_size: 64}
+tokenizer: {kind: bytes}
+data: {name: builtin:python-docs, sequence_length: 128}
+training:
+  per_device_train_batch_size: 4
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "quick.yaml").write_text(RUN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def _make(folder: Path, *assignments: str, target: str = "quick.yaml", **more: Any) -> RunPlan:
+    request = Request(
+        target=target,
+        overrides=tuple(parse_assignment(text) for text in assignments),
+        resume=more.pop("resume", None),
+        script_args=more.pop("script_args", ()),
+    )
+    surroundings = Surroundings(
+        environment={"CUDA_VISIBLE_DEVICES": ""}, working_dir=folder, **more
+    )
+    return make_plan(request, surroundings)
+
+
+def _fault(folder: Path, *assignments: str, **more: Any) -> str:
+    with pytest.raises(BigtrainError) as raised:
+        _make(folder, *assignments, **more)
+    return str(raised.value)
+
+
+def test_a_plan_holds_what_the_run_file_said_and_what_follows(folder: Path) -> None:
+    plan = _make(folder, "cluster.procs_per_node=2")
+
+    assert plan.kind == "run_file"
+    assert (plan.name, plan.attempt, plan.resume) == ("quick", 1, "auto")
+    assert plan.source == str(folder / "quick.yaml")
+    assert plan.output_dir == str(folder / "runs/quick")
+    assert (plan.topology.world_size, plan.device) == (2, "cpu")
+    assert plan.training == {"per_device_train_batch_size": 4}
+    assert plan.origins["engine.name"] == "auto: 2 processes"
+    assert plan.origins["training.per_device_train_batch_size"] == "quick.yaml:6"
+    assert plan.threads_per_rank == threads.per_rank(2)
+    assert RunPlan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    ("assignments", "engine"),
+    [
+        ((), "single"),
+        (("cluster.procs_per_node=2",), "fsdp"),
+        (("cluster.procs_per_node=2", "training.fsdp=full_shard"), "fsdp"),
+        (("training.deepspeed={zero_optimization: {stage: 2}}",), "zero2"),
+        (("engine=ddp",), "ddp"),
+    ],
+)
+def test_the_engine_is_chosen(folder: Path, assignments: tuple[str, ...], engine: str) -> None:
+    assert _make(folder, *assignments).engine.name == engine
+
+
+def test_the_worker_s_imports_are_known_beforehand(folder: Path) -> None:
+    preload = _make(folder, "engine=zero3", "training.report_to=tensorboard").preload
+
+    assert preload[:2] == ("torch", "bigtrain.worker")
+    assert "deepspeed" in preload
+    assert "transformers.models.llama.modeling_llama" in preload
+    assert "torch.utils.tensorboard" in preload
+
+
+def test_a_local_model_s_config_sizes_the_buckets(folder: Path) -> None:
+    (folder / "model").mkdir()
+    (folder / "model/config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 1000}))
+    assignments = ("engine=zero2", "model=model", "tokenizer=null")
+
+    settings: Any = _make(folder, "model.config=null", *assignments).engine.settings
+
+    assert settings.json["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+
+
+def test_a_global_batch_becomes_accumulation(folder: Path) -> None:
+    plan = _make(folder, "cluster.procs_per_node=2", "global_batch_size=24")
+
+    assert plan.training["gradient_accumulation_steps"] == 3
+    assert plan.origins["training.gradient_accumulation_steps"] == "derived"
+    fate = next(f for f in plan.fates if f.argument == "gradient_accumulation_steps")
+    assert (fate.fate, fate.detail) == ("derived", "global_batch_size 24 ÷ (4 × 2 processes)")
+
+
+def test_a_global_batch_that_does_not_divide_is_refused_with_what_would(folder: Path) -> None:
+    assert _fault(folder, "cluster.procs_per_node=2", "global_batch_size=20") == (
+        "--set: global_batch_size: 20 is not divisible by 4 "
+        "(training.per_device_train_batch_size) × 2 (processes) = 8; use 16 or 24, or "
+        "per_device_train_batch_size 1, 2, 5, 10"
+    )
+
+
+def test_faults_of_the_batch_and_of_the_engine_are_told_together(folder: Path) -> None:
+    fault = _fault(
+        folder, "global_batch_size=6", "engine=zero2", "training.fp16=true", "training.bf16=true"
+    )
+
+    assert fault == (
+        "--set: global_batch_size: 6 is not divisible by 4 "
+        "(training.per_device_train_batch_size) × 1 (processes) = 4; use 4 or 8, or "
+        "per_device_train_batch_size 1, 2, 3, 6\n"
+        "--set: training.fp16: bf16 and fp16 are both true; keep one of them"
+    )
+
+
+def test_accumulation_that_contradicts_the_global_batch_is_refused(folder: Path) -> None:
+    fault = _fault(folder, "global_batch_size=8", "training.gradient_accumulation_steps=3")
+
+    assert fault == (
+        "--set: training.gradient_accumulation_steps: 3, but global_batch_size 8 (--set) needs 2; "
+        "leave one of them out"
+    )
+
+
+def test_more_processes_than_the_cores_can_share_are_refused(folder: Path) -> None:
+    most = threads.most_ranks()
+
+    assert _fault(folder, f"cluster.procs_per_node={most + 1}") == (
+        f"--set: cluster.procs_per_node: {most + 1} processes are more than this machine's "
+        f"{threads.available_cores()} CPU cores can share; use {most} or fewer"
+    )
+    assert _make(folder, f"cluster.procs_per_node={most + 1}", is_rehearsal=True)
+
+
+def test_another_launcher_s_world_is_taken_as_it_is(folder: Path) -> None:
+    world = RankInfo(
+        rank=5, local_rank=1, node_rank=1, world_size=8, local_world_size=4, source="torchrun"
+    )
+
+    plan = _make(folder, "cluster.procs_per_node=2", world=world)
+
+    assert (plan.topology.nodes, plan.topology.procs_per_node) == (2, 4)
+    assert plan.origins["cluster.procs_per_node"] == "torchrun's variables"
+
+
+def test_a_shard_that_does_not_divide_is_refused(folder: Path) -> None:
+    assert _fault(folder, "cluster.procs_per_node=2", "engine={name: fsdp, shard: 3}") == (
+        "--set: engine.shard: world size 2 is not divisible by shard size 3; use 1, 2"
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("quik.yaml", "quik.yaml: there is no such file; did you mean quick.yaml?"),
+        ("xyz", "xyz: there is no such file"),
+        (".", ". is a directory; give a run file (.yaml) or a script (.py)"),
+        ("notes.txt", "notes.txt: give a run file (.yaml) or a script (.py)"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(folder: Path, target: str, message: str) -> None:
+    (folder / "notes.txt").touch()
+
+    assert _fault(folder, target=target) == message
+
+
+def test_a_run_file_takes_no_script_arguments(folder: Path) -> None:
+    assert _fault(folder, script_args=("--lr", "1")) == (
+        "quick.yaml is a run file and takes no arguments (--lr 1); use --set section.key=value"
+    )
+
+
+def test_a_script_is_planned_with_its_arguments(folder: Path) -> None:
+    (folder / "train.py").write_text("import torch\nfrom bigtrain import Trainer\n")
+
+    plan = _make(folder, target="train.py", script_args=("--lr", "1"))
+
+    assert (plan.kind, plan.name, plan.script_args) == ("script", "train", ("--lr", "1"))
+    assert (plan.start_method, plan.start_reason) == ("fork", "")
+    assert plan.preload == ("torch", "bigtrain", "bigtrain.trainer", "bigtrain.engine.single")
+    assert plan.training == {}
+
+
+def test_a_script_that_can_not_be_forked_starts_fresh_unless_told_otherwise(folder: Path) -> None:
+    (folder / "train.py").write_text("import os\nos.environ['A'] = '1'\nimport torch\n")
+
+    plan = _make(folder, target="train.py")
+    assert (plan.start_method, plan.preload) == ("fresh", ())
+    assert plan.start_reason == "train.py:2 sets an environment variable before its imports"
+    assert _make(folder, "cluster.start=fork", target="train.py").start_method == "fork"
+
+
+def test_the_second_launch_of_a_run_is_its_second_attempt(folder: Path) -> None:
+    first = _make(folder)
+    write_plan(first, plan_path(first))
+
+    assert _make(folder, "training.max_steps=5").attempt == 2
+
+
+def test_another_run_s_directory_is_refused_with_the_ways_out(folder: Path) -> None:
+    first = _make(folder, "output_dir=out")
+    write_plan(first, plan_path(first))
+    ways = "give another --output-dir, or go on in it with --set training.overwrite_output_dir=true"
+    out = folder / "out"
+
+    assert _fault(folder, "output_dir=out", "name=other") == (
+        f"--set: output_dir: {out} belongs to the run 'quick', and this one is 'other'; {ways}"
+    )
+    assert _fault(folder, "output_dir=out", "model.config.hidden_size=32") == (
+        f"--set: output_dir: {out} belongs to a run 'quick' of another model; {ways}"
+    )
+    over = _make(folder, "output_dir=out", "name=other", "training.overwrite_output_dir=true")
+    assert over.attempt == 2
+
+
+def test_a_directory_with_strange_files_is_refused(folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out/.gitkeep").touch()
+    assert _make(folder, "output_dir=out").attempt == 1
+
+    (folder / "out/thesis.pdf").touch()
+    assert "holds files that are not this run's (thesis.pdf)" in _fault(folder, "output_dir=out")
+
+
+@pytest.mark.parametrize(
+    ("flag", "argument", "resume"),
+    [
+        (None, None, "auto"),
+        (None, "true", "auto"),
+        (None, "false", "never"),
+        ("never", "true", "never"),
+        ("auto", "false", "auto"),
+    ],
+)
+def test_where_to_go_on_is_said_by_the_flag_and_then_by_the_argument(
+    folder: Path, flag: str | None, argument: str | None, resume: str
+) -> None:
+    said = () if argument is None else (f"training.resume_from_checkpoint={argument}",)
+
+    plan = _make(folder, *said, resume=flag)
+
+    assert plan.resume == resume
+    assert "resume_from_checkpoint" not in plan.training
+
+
+def test_resuming_from_a_directory_that_holds_no_checkpoint_is_refused(folder: Path) -> None:
+    (folder / "empty").mkdir()
+
+    with pytest.raises(BigtrainError) as raised:
+        _make(folder, resume="empty")
+
+    assert str(folder / "empty") in str(raised.value)
+    assert not isinstance(raised.value, ConfigError)
+    assert raised.value.exit_code == 4

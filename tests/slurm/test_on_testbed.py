@@ -1,0 +1,399 @@
+"""Whole runs on a real Slurm cluster of four nodes (tests/slurm/slurm_testbed.py)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from slurm_plans import make_plan
+
+from bigtrain.plan import RunPlan, read_plan
+from bigtrain.share import bundled_file
+from bigtrain.slurm.jobs import cancel, list_jobs
+from bigtrain.slurm.settings import read_settings
+from bigtrain.slurm.submit import submit
+
+if TYPE_CHECKING:
+    from slurm_testbed import Testbed
+
+pytestmark = pytest.mark.slurm
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+ALARMING = ("error", "warning", "Traceback", "Terminat", "CANCELLED", "Broken pipe", "Killed")
+
+# A program whose ranks meet, and one that needs no torch and so starts at once.
+COLLECTIVE = """\
+import os, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.ones(1)
+dist.all_reduce(total)
+if dist.get_rank() == 0:
+    print("sum", int(total), "gpus", os.environ.get("CUDA_VISIBLE_DEVICES"))
+dist.destroy_process_group()
+"""
+PLAIN = """\
+import os, signal, sys, time
+rank, mode, marks = int(os.environ["RANK"]), sys.argv[1], sys.argv[2]
+restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+def leave(number, frame):
+    sys.exit(143 if number == signal.SIGTERM else 85)
+for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, leave)
+open(f"{marks}/started-{rank}-{int(restarted)}", "w").close()
+if mode == "fail" and rank == 1:
+    raise ValueError("broken on purpose")
+if mode == "wait" and not restarted:
+    time.sleep(300)
+"""
+
+
+@dataclass
+class Run:
+    """One submitted job."""
+
+    bed: Testbed
+    plan: RunPlan
+    job_id: str
+    log: Path
+    state_home: Path
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        return {"XDG_STATE_HOME": str(self.state_home)}
+
+    def ended(self, *states: str, timeout_s: float = 90.0) -> dict[str, str]:
+        try:
+            return self.bed.wait_for(self.job_id, *states, timeout_s=timeout_s)
+        except AssertionError as error:
+            logs = sorted(Path(self.plan.output_dir).glob("logs/*/*/agent.log"))
+            texts = [f"{path}:\n{path.read_text()}" for path in logs]
+            raise AssertionError("\n".join([str(error), self.text(), *texts])) from error
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def wait_for_ranks(self, *, restarted: bool = False, timeout_s: float = 60.0) -> None:
+        """Until every rank has begun."""
+        limit = time.monotonic() + timeout_s
+        names = [f"started-{k}-{int(restarted)}" for k in range(self.plan.topology.world_size)]
+        while not all((Path(self.plan.working_dir) / name).exists() for name in names):
+            assert time.monotonic() < limit, self.text() if self.log.exists() else "no log"
+            time.sleep(0.1)
+
+
+@pytest.fixture
+def start(
+    bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """Submits a script: `start(text, *args, nodes=, section=, wrapper=, **plan fields)`."""
+    for name, value in bed.environment.items():
+        monkeypatch.setenv(name, value)
+
+    def submit_script(
+        text: str,
+        *args: str,
+        nodes: int = 3,
+        section: Mapping[str, Any] | None = None,
+        wrapper: str | None = None,
+        **fields: Any,
+    ) -> Run:
+        (tmp_path / "train.py").write_text(text)
+        plan = make_plan(
+            output_dir=tmp_path / "out",
+            source=tmp_path / "train.py",
+            script_args=(*args, str(tmp_path)),
+            nodes=nodes,
+            **{"preload": (), **fields},
+        )
+        whole = {"gres": "gpu:2", "cpus_per_task": 2, **(section or {})}
+        if wrapper is not None:
+            whole["template"] = _template_with(wrapper, tmp_path)
+        environment = {"XDG_STATE_HOME": str(tmp_path / "state")}
+        taken = submit(plan, settings=read_settings(whole), environment=environment)
+        return Run(
+            bed=bed,
+            plan=plan,
+            job_id=taken.job_id,
+            log=Path(taken.log),
+            state_home=tmp_path / "state",
+        )
+
+    return submit_script
+
+
+def _template_with(wrapper: str, folder: Path) -> str:
+    """The template, with every node's command run by a bash script of the test's."""
+    (folder / "wrapper.sh").write_text(f'{wrapper}\nexec "$@"\n')
+    text = bundled_file("slurm/train.sbatch").read_text()
+    path = folder / "template.sbatch"
+    path.write_text(
+        text.replace('"${node_command[@]}"', f'bash {folder}/wrapper.sh "${{node_command[@]}}"')
+    )
+    return str(path)
+
+
+def _alarming(text: str) -> list[str]:
+    return [line for line in text.splitlines() if any(word in line for word in ALARMING)]
+
+
+def test_four_nodes_train_and_end_without_one_alarming_line(start: Callable[..., Run]) -> None:
+    run = start(COLLECTIVE, nodes=4, preload=("torch",))
+    run.ended("COMPLETED")
+    met, result = run.text().splitlines()
+    assert met.startswith("4 nodes met at 10.") and "(eth0)" in met
+    assert result == "sum 4 gpus 0,1"
+    logs = Path(run.plan.output_dir) / "logs" / "attempt-01"
+    assert sorted(path.name for path in logs.iterdir()) == [
+        f"node-{k:03d}-node{k}" for k in range(4)
+    ]
+    assert (logs / "node-002-node2" / "rank-00002.log").is_file()
+
+
+def test_a_failing_rank_ends_all_nodes_with_one_message_that_names_it(
+    start: Callable[..., Run],
+) -> None:
+    run = start(PLAIN, "fail")
+    job = run.ended("FAILED")
+    assert job["ExitCode"] == "1:0"
+    text = run.text()
+    assert text.count("rank 1 on node1 failed with exit code 1") == 1
+    assert text.count("ValueError: broken on purpose") == 1
+    assert "node-001-node1/rank-00001.log" in text
+
+
+def test_a_cancelled_run_stays_cancelled(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "wait")
+    run.wait_for_ranks()
+    (listed,) = list_jobs(environment=run.environment)
+    assert (listed.job_id, listed.state, listed.name) == (run.job_id, "RUNNING", "trial")
+    assert cancel("trial", environment=run.environment) == run.job_id
+    run.ended("CANCELLED")
+    time.sleep(2)
+    assert run.bed.job(run.job_id)["JobState"] == "CANCELLED"
+    assert run.bed.job(run.job_id)["ExitCode"].startswith("143")
+    assert list_jobs(environment=run.environment) == []
+    (ended,) = list_jobs(environment=run.environment, ended=True)
+    assert ended.state == "CANCELLED"
+
+
+def test_the_record_of_a_submission_is_kept_and_named_in_no_plan(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "pass")
+    run.ended("COMPLETED")
+    record = json.loads((Path(run.plan.output_dir) / "slurm" / "attempt-01.json").read_text())
+    assert record["job_id"] == run.job_id
+    assert len(record["script_sha256"]) == 64
+    script = (Path(run.plan.output_dir) / "slurm" / "attempt-01.sbatch").read_text()
+    assert script.startswith("#!/bin/bash")
+    assert read_plan(Path(run.plan.output_dir) / "plans" / "attempt-01.json") == run.plan
+
+
+@pytest.mark.slow
+def test_a_notice_is_a_new_start_that_resumes(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "wait", section={"signal": "USR2@30"}, resume="never")
+    run.wait_for_ranks()
+    run.bed.run("scancel", "--signal=USR2", run.job_id)
+    run.wait_for_ranks(restarted=True, timeout_s=150)
+    run.ended("COMPLETED")
+    assert run.bed.job(run.job_id)["Restarts"] == "1"
+    assert "going on in a new start" in run.text()
+    second = read_plan(Path(run.plan.output_dir) / "plans" / "attempt-02.json")
+    assert (second.attempt, second.resume) == (2, "auto")
+
+
+@pytest.mark.slow
+def test_the_time_limit_sends_the_notice_ahead(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "wait", section={"signal": "USR2@50", "time": "00:01:00"})
+    run.wait_for_ranks()
+    run.ended("PENDING", timeout_s=60)
+    assert run.bed.job(run.job_id)["Restarts"] == "1"
+    run.bed.run("scancel", run.job_id)
+
+
+@pytest.mark.slow
+def test_max_requeues_ends_it(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "wait", section={"max_requeues": 0})
+    run.wait_for_ranks()
+    run.bed.run("scancel", "--signal=USR1", run.job_id)
+    assert run.ended("FAILED")["ExitCode"] == "85:0"
+
+
+@pytest.mark.slow
+def test_slurms_own_requeue_lets_the_ranks_leave_and_starts_again(
+    start: Callable[..., Run],
+) -> None:
+    run = start(PLAIN, "wait")
+    run.wait_for_ranks()
+    run.bed.run("scontrol", "requeue", run.job_id)
+    run.wait_for_ranks(restarted=True, timeout_s=150)
+    run.ended("COMPLETED")
+    assert run.bed.job(run.job_id)["Restarts"] == "1"
+
+
+@pytest.mark.slow
+def test_an_agent_that_is_killed_is_a_node_lost_and_named(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "wait")
+    run.wait_for_ranks()
+    os.kill(_agent_of(run, node=2), signal.SIGKILL)
+    run.ended("PENDING", timeout_s=30)
+    assert run.text().count("node2 vanished") == 1
+    assert run.bed.job(run.job_id)["Restarts"] == "1"
+    run.bed.run("scancel", run.job_id)
+
+
+@pytest.mark.slow
+def test_a_node_whose_link_is_down_is_named_within_forty_seconds(
+    start: Callable[..., Run],
+) -> None:
+    run = start(PLAIN, "wait")
+    run.wait_for_ranks()
+    try:
+        run.bed.set_link(1, up=False)
+        run.ended("PENDING", timeout_s=60)
+        assert run.text().count("node1 vanished") == 1
+        # The cut-off node ends its ranks by itself: nothing goes on writing there.
+        limit = time.monotonic() + 45
+        while _agents(run):
+            assert time.monotonic() < limit, "the lost node's agent is still there"
+            time.sleep(0.5)
+    finally:
+        run.bed.set_link(1, up=True)
+        run.bed.run("scancel", run.job_id)
+    run.bed.wait_until_idle()
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_is_named_with_its_signal(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "wait")
+    run.wait_for_ranks()
+    logs = Path(run.plan.output_dir) / "logs" / "attempt-01" / "node-001-node1" / "agent.log"
+    (line,) = [line for line in logs.read_text().splitlines() if "rank 1 is pid" in line]
+    os.kill(int(line.rpartition(" ")[2]), signal.SIGKILL)
+    assert run.ended("FAILED")["ExitCode"] == "137:0"
+    assert run.text().count("rank 1 on node1 was killed by SIGKILL") == 1
+
+
+@pytest.mark.slow
+def test_a_node_that_starts_late_is_waited_for(start: Callable[..., Run]) -> None:
+    run = start(PLAIN, "pass", wrapper='[ "$SLURM_NODEID" = 2 ] && sleep 15')
+    run.ended("COMPLETED")
+    assert "2 of 3 nodes are here; waiting for node2" in run.text()
+
+
+@pytest.mark.slow
+def test_a_host_name_that_does_not_resolve_is_met_by_its_address(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    (tmp_path / "hosts").write_text("127.0.0.1 localhost\n")
+    wrapper = (
+        f'exec unshare --mount bash -c "mount --bind {tmp_path}/hosts /etc/hosts; exec \\"\\$@\\"" '
+        'bash "$@"'
+    )
+    run = start(PLAIN, "pass", wrapper=wrapper)
+    run.ended("COMPLETED")
+    assert _alarming(run.text()) == []
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_on_the_first_node_is_passed_over(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    (tmp_path / "sit.py").write_text(
+        "import os, socket, sys, time\n"
+        f"sys.path.insert(0, {str(CHECKOUT)!r})\n"
+        "from bigtrain.cluster.rendezvous_address import candidate_ports\n"
+        'ports = candidate_ports("{SLURM_JOB_ID}.{SLURM_STEP_ID}".format(**os.environ))\n'
+        'taken = socket.create_server(("0.0.0.0", ports[0]))\n'
+        "print('met', ports[1], flush=True)\n"
+        "time.sleep(8)\n"
+    )
+    wrapper = f'[ "$SLURM_NODEID" = 0 ] && {{ {sys.executable} {tmp_path}/sit.py & sleep 1; }}'
+    run = start(PLAIN, "pass", wrapper=wrapper)
+    run.ended("COMPLETED")
+    (expected,) = [line for line in run.text().splitlines() if line.startswith("met")]
+    assert f":{expected.split()[1]} (eth0)" in run.text()
+
+
+@pytest.mark.slow
+def test_a_different_version_on_one_node_is_refused_with_a_table(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    odd = tmp_path / "odd" / "torch-1.0.dist-info"
+    odd.mkdir(parents=True)
+    (odd / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    wrapper = f'[ "$SLURM_NODEID" = 1 ] && export PYTHONPATH={odd.parent}'
+    run = start(PLAIN, "pass", wrapper=wrapper)
+    assert run.ended("FAILED")["ExitCode"] == "5:0"
+    text = run.text()
+    assert text.count("versions differ; install the same everywhere") == 1
+    assert "  node1  1.0" in text
+
+
+@pytest.mark.slow
+def test_storage_that_is_not_shared_is_refused_with_the_right_value(
+    start: Callable[..., Run], tmp_path: Path
+) -> None:
+    out, plan = tmp_path / "out", tmp_path / "plan.json"
+    inner = f"mount -t tmpfs none {out}; mkdir {out}/plans; cp {plan} {out}/plans/attempt-01.json"
+    wrapper = (
+        f'[ "$SLURM_NODEID" = 1 ] && cp {out}/plans/attempt-01.json {plan} && '
+        f'exec unshare --mount bash -c "{inner}; exec \\"\\$@\\"" bash "$@"'
+    )
+    run = start(PLAIN, "pass", wrapper=wrapper)
+    assert run.ended("FAILED")["ExitCode"] == "5:0"
+    assert "node1 can't see what node0 wrote there" in run.text()
+    assert "training.save_on_each_node: true" in run.text()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_an_array_whose_jobs_take_one_plan_each(
+    bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in bed.environment.items():
+        monkeypatch.setenv(name, value)
+    source = tmp_path / "train.py"
+    source.write_text('import os, sys; open(sys.argv[1], "w").write(os.environ["BIGTRAIN_PLAN"])\n')
+    plans = [
+        make_plan(
+            output_dir=tmp_path / f"out{k}",
+            source=source,
+            script_args=(str(tmp_path / f"done{k}"),),
+            nodes=1,
+            preload=(),
+        )
+        for k in range(2)
+    ]
+    settings = read_settings({"cpus_per_task": 1})
+    taken = submit(plans, settings=settings, environment={"XDG_STATE_HOME": str(tmp_path)})
+    for k in range(2):
+        bed.wait_for(f"{taken.job_id}_{k}", "COMPLETED")
+        expected = str(tmp_path / f"out{k}" / "plans" / "attempt-01.json")
+        assert (tmp_path / f"done{k}").read_text() == expected
+
+
+def _agents(run: Run) -> dict[int, int]:
+    """Node rank → pid of the run's agents that are alive."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        try:
+            command = (entry / "cmdline").read_bytes()
+            environment = (entry / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"slurm.node" not in command or run.plan.output_dir.encode() not in command:
+            continue
+        ranks = [v[13:] for v in environment if v.startswith(b"SLURM_NODEID=")]
+        if ranks and b"srun" not in command.split(b"\0")[0]:
+            found[int(ranks[0])] = int(entry.name)
+    return found
+
+
+def _agent_of(run: Run, *, node: int) -> int:
+    return _agents(run)[node]

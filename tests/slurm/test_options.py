@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import gzip
+import re
+from pathlib import Path
+
+import pytest
+
+from bigtrain.errors import ConfigError
+from bigtrain.slurm.options import OPTIONS, parse_assignment, read_options
+
+MANUAL = Path("/usr/share/man/man1/sbatch.1.gz")
+
+
+@pytest.mark.skipif(not MANUAL.exists(), reason="no manual page of sbatch to compare with")
+def test_every_option_of_the_manual_is_known() -> None:
+    text = gzip.decompress(MANUAL.read_bytes()).decode()
+    heads = re.findall(
+        r"^\\fB(?:\\-\w\\fR, \\fB|\\-\w, )?\\-\\-([a-z\\-]+)\\fR", text, re.MULTILINE
+    )
+    manual = {head.replace("\\", "") for head in heads}
+    assert len(manual) > 90
+    assert manual <= set(OPTIONS)
+
+
+def test_options_are_said_as_people_say_them() -> None:
+    said = {
+        "partition": "gpu",
+        "mem_per_cpu": "4G",
+        "t": "24:00:00",
+        "exclusive": True,
+        "hold": False,
+        "dependency": ["afterok:12", "afterany:13"],
+        "nice": 100,
+    }
+    assert read_options(said, origins={}) == {
+        "partition": "gpu",
+        "mem-per-cpu": "4G",
+        "time": "24:00:00",
+        "exclusive": None,
+        "dependency": "afterok:12,afterany:13",
+        "nice": "100",
+    }
+
+
+def test_all_faults_are_told_at_once_with_their_place_and_the_fix() -> None:
+    said = {
+        "partiton": "gpu",
+        "nodes": 3,
+        "hold": "maybe",
+        "qos": True,
+        "comment": "two\nlines",
+        "mem": {"a": 1},
+    }
+    origins = {key: f"run.yaml:{line}" for line, key in enumerate(said, start=10)}
+    with pytest.raises(ConfigError) as caught:
+        read_options(said, origins=origins)
+    assert caught.value.faults == (
+        "run.yaml:10: partiton: sbatch has no such option; did you mean 'partition'?",
+        "run.yaml:11: nodes: bigtrain sets it itself: it follows from --nodes",
+        "run.yaml:12: hold: it takes no value, and has 'maybe'; use true or false",
+        "run.yaml:13: qos: it needs a value",
+        "run.yaml:14: comment: 'two\\nlines' can't be written in one line of a script",
+        "run.yaml:15: mem: {'a': 1} is neither text, a number nor a list of these",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("qos=high", ("qos", "high")),
+        ("--qos=high", ("qos", "high")),
+        ("exclusive", ("exclusive", True)),
+        ("comment=a=b", ("comment", "a=b")),
+    ],
+)
+def test_a_flag_may_be_written_with_its_dashes(text: str, expected: tuple[str, object]) -> None:
+    assert parse_assignment(text) == expected

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from bigtrain.errors import ConfigError
+from bigtrain.slurm.settings import read_settings, signal_lead_s
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus"),
+    [
+        ({}, None),
+        ({"gpus_per_node": 8}, 8),
+        ({"gpus_per_node": "a100:4"}, 4),
+        ({"gres": "gpu:2"}, 2),
+        ({"gres": "gpu:a100:4,nvme:1"}, 4),
+        ({"gres": "nvme:1,gpu"}, 1),
+        ({"gres": "gres/gpu:3"}, 3),
+        ({"gres": "nvme:1"}, None),
+    ],
+)
+def test_the_gpus_of_a_node_are_found_where_they_are_asked_for(
+    options: dict[str, object], gpus: int | None
+) -> None:
+    assert read_settings(options).gpus_per_node == gpus
+
+
+def test_own_keys_and_options_are_told_apart() -> None:
+    settings = read_settings(
+        {"modules": ["cuda/12.4"], "setup": "ulimit -l unlimited", "qos": "high", "snapshot": True}
+    )
+    assert settings.modules == ("cuda/12.4",)
+    assert settings.snapshot
+    assert settings.options == {"qos": "high"}
+
+
+def test_faults_of_own_keys_and_of_options_come_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_settings({"modules": 3, "max_requeues": -1, "qoss": "high"})
+    assert caught.value.faults == (
+        "cluster.slurm: modules: 3 is not a list of module names",
+        "cluster.slurm: max_requeues: -1 is not a whole number from 0 on",
+        "cluster.slurm: qoss: sbatch has no such option; did you mean 'qos'?",
+    )
+
+
+@pytest.mark.parametrize(("last_save_s", "lead"), [(None, 120), (10.0, 120), (200.0, 400)])
+def test_the_signal_leaves_time_for_two_saves(last_save_s: float | None, lead: int) -> None:
+    assert signal_lead_s(last_save_s) == lead

@@ -1,0 +1,178 @@
+"""The command line as a person meets it: texts to the byte, exit codes, streams and speed."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bigtrain.plan import RunPlan, read_plan
+
+RUN = """\
+model:
+  config: {model_type: llama, hidden_size: 64}
+tokenizer: {kind: bytes}
+data: {name: builtin:python-docs, sequence_length: 128}
+training:
+  bf16: true
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "quick.yaml").write_text(RUN)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path
+
+
+def _run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bigtrain", *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+def test_the_version_is_told(folder: Path) -> None:
+    done = _run(folder, "--version")
+
+    assert (done.returncode, done.stdout) == (0, "bigtrain 0.1.0\n")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("launch", "--help"), ("plan", "-h")])
+def test_help_answers_at_once(folder: Path, arguments: tuple[str, ...]) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    done = _run(folder, *arguments)
+
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: bigtrain")
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_help_shows_examples_line_by_line(folder: Path) -> None:
+    assert (
+        "  Examples:\n"
+        "    bigtrain launch configs/quickstart.yaml --procs-per-node 2\n"
+        "    bigtrain launch run.yaml --engine zero3 --set training.max_steps=100\n"
+        "    bigtrain launch train.py --procs-per-node 4 -- --learning-rate 1e-4\n"
+    ) in _run(folder, "launch", "--help").stdout
+
+
+def test_mistyped_commands_and_flags_are_answered_with_the_nearest(folder: Path) -> None:
+    command, flag = _run(folder, "lanch"), _run(folder, "launch", "quick.yaml", "--engin", "fsdp")
+
+    assert (command.returncode, flag.returncode) == (2, 2)
+    assert "No such command 'lanch'. Did you mean 'launch'" in command.stderr
+    assert "No such option: --engin" in flag.stderr
+    assert "--engine" in flag.stderr
+
+
+@pytest.mark.parametrize("command", ["launch", "plan"])
+def test_one_fault_is_one_line_and_no_traceback(folder: Path, command: str) -> None:
+    done = _run(folder, command, "quik.yaml")
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: quik.yaml: there is no such file; did you mean quick.yaml?\n"
+
+
+def test_several_faults_are_a_list_with_their_origins(folder: Path) -> None:
+    done = _run(
+        folder, "launch", "quick.yaml", "--engine", "fsdpp", "--set", "training.max_stps=3",
+        "--procs-per-node", "0", "--env", "HF_TOKEN=abc", "--start", "slow",
+    )  # fmt: skip
+
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: 5 faults\n"
+        "  --set: training.max_stps: unknown key; did you mean 'max_steps'?\n"
+        "  flag --engine: engine.name: 'fsdpp' is not one of auto, single, ddp, fsdp, zero1, "
+        "zero2, zero3; did you mean 'fsdp'?\n"
+        "  flag --env: cluster.env.HF_TOKEN: a secret's value must not be written into a plan; "
+        "export it where bigtrain is started, and every rank inherits it\n"
+        "  flag --procs-per-node: cluster.procs_per_node: 0 is too small; it must be at least 1\n"
+        "  flag --start: cluster.start: 'slow' is not one of fork, fresh\n"
+    )
+    assert "abc" not in done.stderr
+
+
+def test_a_fault_of_a_script_s_flags_names_the_separator(folder: Path) -> None:
+    (folder / "train.py").write_text("")
+
+    done = _run(folder, "plan", "train.py", "--set", "training.bf16=true")
+
+    assert done.stderr == (
+        "error: --set: training: a script sets this itself: give it to the script, after --\n"
+    )
+
+
+def test_faults_are_json_too_when_json_is_asked_for(folder: Path) -> None:
+    done = _run(folder, "launch", "quick.yaml", "--engine", "fsdpp", "--json")
+
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["kind"] == "failure"
+    assert done.stderr == ""
+
+
+def test_a_dry_run_shows_the_plan_and_every_command_and_leaves_nothing(folder: Path) -> None:
+    done = _run(folder, "launch", "quick.yaml", "--procs-per-node", "2", "--dry-run")
+
+    assert done.returncode == 0
+    assert "processes      2 on cpu, 1 thread each" in done.stdout
+    assert "training.bf16             true                 quick.yaml:6" in done.stdout
+    assert "RANK=1 LOCAL_RANK=1 WORLD_SIZE=2" in done.stdout
+    assert [entry.name for entry in folder.iterdir()] == ["quick.yaml"]
+
+
+def test_a_plan_in_json_is_the_plan(folder: Path) -> None:
+    done = _run(folder, "plan", "quick.yaml", "--nodes", "4", "--procs-per-node", "8", "--json")
+
+    plan = RunPlan.from_json(done.stdout)
+    assert plan.topology.world_size == 32
+    assert plan.engine.name == "fsdp"
+    assert plan.origins["cluster.nodes"] == "flag --nodes"
+
+
+def test_a_plan_tells_values_engine_and_fates(folder: Path) -> None:
+    shown = _run(folder, "plan", "quick.yaml", "--procs-per-node", "2", "--engine", "zero2").stdout
+
+    assert "global batch   16 sequences = 8 × 1 micro-batches × 2 processes\n" in shown
+    assert "tokens a step  2,048 at most\n" in shown
+    assert "engine.name" in shown
+    assert "flag --engine" in shown
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "zero_optimization.stage 2" in lines
+    assert "bf16 mapped bf16.enabled = true" in lines
+    assert (
+        "fp16_backend no_effect removed upstream: PyTorch's own mixed precision is the only one"
+        in (lines)
+    )
+
+
+def test_planning_imports_no_torch_and_takes_no_time(folder: Path) -> None:
+    code = (
+        "import sys; from bigtrain.cli import app\n"
+        "app(['plan', 'quick.yaml', '--procs-per-node', '2'], standalone_mode=False)\n"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\n"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_script_is_launched_with_its_arguments_and_its_exit_code(folder: Path) -> None:
+    (folder / "train.py").write_text(
+        "import os, sys\nprint(os.environ['RANK'], sys.argv[1:])\nsys.exit(7)\n"
+    )
+
+    done = _run(folder, "launch", "train.py", "--output-dir", "out", "--", "--lr", "1", "--help")
+
+    assert done.returncode == 7
+    assert "0 ['--lr', '1', '--help']\n" in done.stdout
+    assert read_plan(folder / "out/plans/attempt-01.json").script_args == ("--lr", "1", "--help")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,114 @@
+"""The trainer on engines that span ranks: train, evaluate, save, resume, as on one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from bigtrain.topology import RankInfo
+from tests.engine.harness import run_ranks
+from tests.trainer.samples import Sentences, losses, trainer
+
+STEPS = 6
+ENGINES: dict[str, dict[str, Any]] = {
+    "ddp": {},
+    "fsdp": {"fsdp": "full_shard"},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    engine: str
+    losses: list[tuple[float, float]]
+    before: dict[str, float]
+    after: dict[str, float]
+    predictions: int
+    rates: list[float]
+
+
+def _train(
+    world: RankInfo, folder: str, changed: dict[str, Any], resume: str | None, accumulation: int
+) -> Outcome:
+    run = trainer(
+        folder,
+        data=Sentences(48),
+        eval_dataset=Sentences(11),
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
+        save_strategy="steps",
+        save_steps=STEPS - 1,
+        **changed,
+    )
+    before = run.evaluate()
+    run.train(resume_from_checkpoint=resume)
+    run.save_model(str(Path(folder) / "final"))
+    return Outcome(
+        engine=run.engine.name,
+        losses=losses(run),
+        before=before,
+        after=run.evaluate(),
+        predictions=len(run.predict(Sentences(7)).predictions),
+        rates=[e["learning_rate"] for e in run.state.log_history if "learning_rate" in e],
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """One process with the same global batch."""
+    folder = tmp_path_factory.mktemp("alone")
+    return run_ranks(1, _train, str(folder), {}, None, 4)[0], folder
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def spread(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[Outcome], Path]:
+    """Two ranks on each engine: its name, what came out on each rank, and where."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, run_ranks(2, _train, str(folder), ENGINES[request.param], None, 2), folder
+
+
+def test_an_engine_trains_as_one_process_does(
+    spread: tuple[str, list[Outcome], Path], alone: tuple[Outcome, Path]
+) -> None:
+    (name, ranks, folder), (reference, reference_folder) = spread, alone
+    assert ranks[0].engine == name
+    assert ranks[0].losses == ranks[1].losses
+    torch.testing.assert_close(
+        torch.tensor(ranks[0].losses), torch.tensor(reference.losses), rtol=1e-6, atol=0
+    )
+    assert ranks[0].rates == reference.rates
+    assert ranks[0].after["eval_loss"] < ranks[0].before["eval_loss"]
+    assert ranks[0].predictions == ranks[1].predictions == 7
+    one, other = (
+        LlamaForCausalLM.from_pretrained(each / "final") for each in (folder, reference_folder)
+    )
+    for ours, expected in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+def test_an_engine_resumes_to_the_last_bit(
+    tmp_path: Path, spread: tuple[str, list[Outcome], Path]
+) -> None:
+    name, whole, folder = spread
+    checkpoint = str(folder / f"checkpoint-{STEPS - 1}")
+    rest = run_ranks(2, _train, str(tmp_path), ENGINES[name], checkpoint, 2)
+    assert rest[0].losses == whole[0].losses
+    assert rest[0].after["eval_loss"] == whole[0].after["eval_loss"]
+
+
+def test_a_checkpoint_goes_from_engine_to_engine(
+    tmp_path: Path, alone: tuple[Outcome, Path]
+) -> None:
+    reference, folder = alone
+    checkpoint = str(folder / f"checkpoint-{STEPS - 1}")
+    rest = run_ranks(2, _train, str(tmp_path), ENGINES["fsdp"], checkpoint, 2)[0]
+    torch.testing.assert_close(
+        torch.tensor(rest.losses), torch.tensor(reference.losses), rtol=1e-6, atol=0
+    )

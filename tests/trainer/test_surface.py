@@ -1,0 +1,219 @@
+"""A script changes one import: the same names, parameters and complaints as transformers'."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.utils.data import DataLoader
+
+from bigtrain.errors import ConfigError, UnsupportedError
+from bigtrain.trainer.arguments import TrainingArguments
+from bigtrain.trainer.trainer import Trainer
+from tests.trainer.samples import Points, Regression, Sentences, Stream, arguments, losses, trainer
+from tests.trainer.samples import tiny_llama as llama
+
+# The methods that scripts call and override.
+METHODS = [
+    "train",
+    "evaluate",
+    "predict",
+    "save_model",
+    "save_state",
+    "log",
+    "log_metrics",
+    "save_metrics",
+    "add_callback",
+    "pop_callback",
+    "remove_callback",
+    "is_world_process_zero",
+    "is_local_process_zero",
+    "num_examples",
+    "floating_point_ops",
+    "get_train_dataloader",
+    "get_eval_dataloader",
+    "get_test_dataloader",
+    "create_optimizer",
+    "create_scheduler",
+    "create_optimizer_and_scheduler",
+    "get_decay_parameter_names",
+    "compute_loss",
+    "training_step",
+    "prediction_step",
+    "evaluation_loop",
+    "_prepare_inputs",
+    "get_batch_samples",
+    "_save_checkpoint",
+    "_maybe_log_save_evaluate",
+    "get_optimizer_cls_and_kwargs",
+    "call_model_init",
+    "compute_loss_context_manager",
+    "_prepare_input",
+    "get_learning_rates",
+    "get_num_trainable_parameters",
+    "get_optimizer_group",
+    "store_flos",
+]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_what_transformers_takes(name: str) -> None:
+    theirs = inspect.signature(getattr(transformers.Trainer, name)).parameters
+    ours = inspect.signature(getattr(Trainer, name)).parameters
+    assert list(ours) == list(theirs)
+    assert [p.default for p in ours.values()] == [p.default for p in theirs.values()]
+
+
+def test_the_constructor_takes_what_transformers_takes() -> None:
+    theirs = list(inspect.signature(transformers.Trainer.__init__).parameters)
+    assert list(inspect.signature(Trainer.__init__).parameters)[: len(theirs)] == theirs
+
+
+def test_a_trainer_has_the_attributes_that_scripts_read(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    assert run.model is run.model_wrapped
+    for name in [
+        "optimizer",
+        "lr_scheduler",
+        "state",
+        "control",
+        "callback_handler",
+        "args",
+        "accelerator",
+    ]:
+        assert getattr(run, name) is not None
+    accelerator = run.accelerator
+    assert (accelerator.num_processes, accelerator.process_index) == (1, 0)
+    assert accelerator.is_main_process and accelerator.device == torch.device("cpu")
+    assert accelerator.unwrap_model(run.model_wrapped) is run.model
+
+
+def test_overridden_steps_are_called_as_transformers_calls_them(tmp_path: Path) -> None:
+    class Weighted(Trainer):
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: Any,
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            loss, outputs = super().compute_loss(
+                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+            return (2 * loss, outputs) if return_outputs else 2 * loss
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            model.train()
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+
+    args = arguments(tmp_path, max_grad_norm=0, max_steps=1)
+    doubled = Weighted(model=llama(), args=args, train_dataset=Sentences(8))
+    plain = Trainer(model=llama(), args=args, train_dataset=Sentences(8))
+    doubled.train()
+    plain.train()
+    assert losses(doubled)[0] == pytest.approx([2 * figure for figure in losses(plain)[0]])
+
+
+def test_a_plain_loader_from_an_override_is_used_as_it_is(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def get_train_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(Sentences(12), batch_size=3)
+
+    run = Own(model=llama(), args=arguments(tmp_path, num_train_epochs=1))
+    run.train()
+    assert run.state.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda out: Trainer(args=arguments(out)), RuntimeError, "`model` or `model_init`"),
+        (
+            lambda out: Trainer(model=llama(), model_init=llama, args=arguments(out)),
+            ValueError,
+            "but not both",
+        ),
+        (
+            lambda out: trainer(out, data=Stream(4)),
+            ValueError,
+            "max_steps has to be specified",
+        ),
+        (
+            lambda out: arguments(out, load_best_model_at_end=True, eval_strategy="steps"),
+            ValueError,
+            "requires the save and eval strategy to match",
+        ),
+        (lambda out: arguments(out, bf16=True, fp16=True), ValueError, "but not both"),
+        (lambda out: trainer(out, eval_strategy="epoch"), ValueError, "pass an `eval_dataset`"),
+        (
+            lambda out: Trainer(model=llama(), args=arguments(out), tokenizer=object()),
+            TypeError,
+            "processing_class",
+        ),
+        (lambda out: trainer(out, push_to_hub=True), UnsupportedError, "push_to_hub"),
+        (lambda out: trainer(out, fp16=True, fp16_opt_level="O2"), ConfigError, "O2"),
+    ],
+)
+def test_wrong_use_is_refused_at_construction(
+    tmp_path: Path, make: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        make(tmp_path)
+
+
+def test_a_metric_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        eval_dataset=Sentences(4),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="f1",
+    )
+    with pytest.raises(KeyError, match=r"eval_f1.*eval_loss"):
+        run.train()
+
+
+def test_transformers_own_arguments_are_taken_too(tmp_path: Path) -> None:
+    args = arguments(tmp_path, kind=transformers.TrainingArguments, max_steps=1)
+    run = Trainer(model=Regression(), args=args, train_dataset=Points(4))
+    assert isinstance(run.args, TrainingArguments)
+    run.train()
+
+
+def test_without_a_launcher_nothing_but_transformers_files_is_written(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=1).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_script_without_arguments_runs(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from bigtrain import Trainer\n"
+        "from tests.trainer.samples import Points, Regression\n"
+        "Trainer(model=Regression(), train_dataset=Points(8)).train()\n"
+        "import torch.distributed as dist\n"
+        "assert not dist.is_initialized()\n"
+    )
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tmp_trainer" / "checkpoint-3").is_dir()

@@ -1,0 +1,179 @@
+"""DeepSpeed's JSON: golden, whole, and understood by DeepSpeed leaf by leaf."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+
+from bigtrain.translate import topology_for, translate
+from bigtrain.translate.config import DeepSpeedSettings, EngineName, EngineOptions
+
+_VALUES = {
+    "bf16": True,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 3,
+    "max_grad_norm": 0.5,
+}
+
+
+def _json(engine: EngineName = "zero3", **more: Any) -> dict[str, Any]:
+    values = more.pop("values", _VALUES)
+    settings = translate(
+        values,
+        engine=engine,
+        topology=topology_for(engine, procs_per_node=2),
+        device=more.pop("device", "cpu"),
+        hidden_size=more.pop("hidden_size", 1024),
+        **more,
+    ).engine.settings
+    assert isinstance(settings, DeepSpeedSettings)
+    return dict(settings.json)
+
+
+def test_zero3_golden() -> None:
+    assert _json() == {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0.5,
+        "bf16": {
+            "enabled": True,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        "fp16": {
+            "enabled": False,
+            "auto_cast": False,
+            "loss_scale": 0,
+            "initial_scale_power": 16,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 3,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 1_048_576,
+            "allgather_partitions": True,
+            "allgather_bucket_size": 1_048_576,
+            "round_robin_gradients": False,
+            "sub_group_size": 1_000_000_000,
+            "stage3_prefetch_bucket_size": 943_718,
+            "stage3_param_persistence_threshold": 10_240,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+
+
+@pytest.mark.parametrize(("engine", "stage"), [("zero1", 1), ("zero2", 2)])
+def test_the_lower_stages_have_no_keys_of_stage_3(engine: EngineName, stage: int) -> None:
+    zero = _json(engine)["zero_optimization"]
+
+    assert zero["stage"] == stage
+    assert not [key for key in zero if key.startswith(("stage3", "sub_group"))]
+
+
+def test_clipping_that_is_off_is_zero() -> None:
+    assert _json(values={"max_grad_norm": 0})["gradient_clipping"] == 0.0
+
+
+def test_nothing_is_left_to_be_guessed() -> None:
+    assert "auto" not in [value for _, value in _leaves(_json())]
+
+
+# Where DeepSpeed keeps what it parsed. `_param_dict` would be no proof: it is the input itself,
+# and DeepSpeed takes a misspelt key without a word.
+_PARSED_AT = {
+    "bf16": "bfloat16_config",
+    "fp16": "float16_config",
+    "zero_optimization": "zero_config",
+    "communication_data_type": "communication_data_type",
+    "data_types.grad_accum_dtype": "grad_accum_dtype",
+}
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _parsed(config: Any, path: str) -> Any:
+    """What DeepSpeed's config object holds for a key of the JSON; AttributeError if nothing."""
+    if path in _PARSED_AT:
+        return getattr(config, _PARSED_AT[path])
+    section, _, key = path.rpartition(".")
+    if not section:
+        return getattr(config, key)
+    model = getattr(config, _PARSED_AT[section])
+    fields = type(model).model_fields
+    name = next((name for name, field in fields.items() if field.alias == key), key)
+    if name not in fields:
+        raise AttributeError(f"{section} has no {key}")
+    return getattr(model, name)
+
+
+def _misunderstood(json: dict[str, Any]) -> list[str]:
+    """The leaves that DeepSpeed did not parse as they were meant."""
+    import torch
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = DeepSpeedConfig(copy.deepcopy(json), mesh_device=_TwoRanks())
+    dtypes = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    wrong = []
+    for path, value in _leaves(json):
+        try:
+            parsed = _parsed(config, path)
+        except (AttributeError, KeyError):
+            wrong.append(path)
+            continue
+        if dtypes.get(parsed, parsed) != value:
+            wrong.append(path)
+    return wrong
+
+
+class _TwoRanks:
+    """A device mesh of two data-parallel ranks, as much of one as the config asks about."""
+
+    def get_group(self, *, mesh_dim: str) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    import deepspeed.comm
+
+    monkeypatch.setattr(deepspeed.comm, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(deepspeed.comm, "get_rank", lambda group=None: 0)
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_deepspeed_parses_every_leaf_as_it_was_meant(engine: EngineName) -> None:
+    assert _misunderstood(_json(engine)) == []
+    assert _misunderstood(_json(engine, values=_VALUES | {"max_grad_norm": 0})) == []
+    masters = EngineOptions(master_dtype="bf16")
+    assert _misunderstood(_json(engine, options=masters)) == []
+    fp16 = {"fp16": True, "per_device_train_batch_size": 2}
+    assert _misunderstood(_json(engine, values=fp16, device="cuda")) == []
+
+
+def test_a_misspelt_key_is_noticed() -> None:
+    json = _json()
+    json["gradient_clippping"] = json.pop("gradient_clipping")
+    json["data_types"] = {"grad_acum_dtype": "fp32"}
+
+    assert _misunderstood(json) == ["data_types.grad_acum_dtype", "gradient_clippping"]

@@ -1,0 +1,122 @@
+"""Every argument has a fate, and none is accepted and then forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bigtrain
+from bigtrain.arguments.schema import Field, load_schema
+from bigtrain.errors import UnsupportedError
+from bigtrain.translate import topology_for, translate
+from bigtrain.translate.config import ENGINE_NAMES
+from bigtrain.translate.fates import FATES, is_default, refusals
+
+
+def test_every_field_of_the_installed_transformers_has_a_fate() -> None:
+    assert set(FATES) == set(load_schema())
+
+
+def test_every_rule_says_something() -> None:
+    assert all(rule.detail for rule in FATES.values())
+
+
+@pytest.mark.parametrize("engine", ENGINE_NAMES)
+def test_a_translation_tells_every_argument_s_fate_in_order(engine: Any) -> None:
+    procs = 1 if engine == "single" else 2
+    topology = topology_for(engine, procs_per_node=procs)
+
+    fates = translate({}, engine=engine, topology=topology, device="cpu").fates
+
+    assert [fate.argument for fate in fates] == list(load_schema())
+    assert all(fate.detail for fate in fates)
+
+
+def test_a_field_that_is_new_in_transformers_is_refused_once_it_is_set() -> None:
+    new = Field(
+        name="warp_drive", annotation="bool", kinds=("bool",), optional=False, default=False
+    )
+    schema = {**load_schema(), "warp_drive": new}
+
+    assert list(refusals({"warp_drive": False}, schema)) == []
+    assert list(refusals({"warp_drive": True}, schema)) == [
+        ("warp_drive", "this version of transformers has it and bigtrain does not know it yet")
+    ]
+
+
+def test_what_no_engine_supports_is_refused_by_name_with_its_origin() -> None:
+    values = {"push_to_hub": True, "parallelism_config": {"tp_size": 2}}
+
+    with pytest.raises(UnsupportedError) as raised:
+        translate(
+            values,
+            engine="single",
+            topology=topology_for("single"),
+            device="cpu",
+            origins={"training.push_to_hub": "run.yaml:7"},
+        )
+
+    assert raised.value.faults == (
+        "run.yaml:7: training.push_to_hub: not supported: training uploads nothing; save the "
+        "model and upload it with `hf upload`",
+        "training.parallelism_config: not supported: only data parallelism is supported; leave "
+        "it out",
+    )
+
+
+def test_a_live_object_with_nothing_set_asks_for_nothing(tmp_path: Path) -> None:
+    args = bigtrain.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    values = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.init
+    }
+
+    assert list(refusals(values, load_schema())) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "default", "same"),
+    [(None, "none", True), ([], "none", True), ([], "", True), ([], 3, False), (0, 1, False)],
+)
+def test_what_counts_as_a_default(value: Any, default: Any, same: bool) -> None:
+    assert is_default(value, default) is same
+
+
+def test_what_the_loop_is_said_to_handle_is_read_somewhere() -> None:
+    sources = "\n".join(
+        path.read_text() for part in ("trainer", "worker.py") for path in _python_files(part)
+    )
+    by_loop = [name for name, rule in FATES.items() if rule.fate == "loop"]
+
+    unread = [name for name in by_loop if not re.search(rf"\b{name}\b", sources)]
+
+    assert set(unread) <= _READ_BY_TRANSFORMERS, sorted(set(unread) - _READ_BY_TRANSFORMERS)
+
+
+# Read by transformers' own callbacks, by its TrainingArguments, or left to a user's script.
+_READ_BY_TRANSFORMERS = {
+    "disable_tqdm",
+    "do_predict",
+    "do_train",
+    "project",
+    "run_name",
+    "tf32",
+    "trackio_bucket_id",
+    "trackio_space_id",
+    "trackio_static_space_id",
+    # By its flow callback, its optimizer factory, or under another name of the same thing.
+    "eval_delay",
+    "eval_steps",
+    "gradient_checkpointing",
+    "optim_target_modules",
+    "per_device_eval_batch_size",
+    "save_steps",
+}
+
+
+def _python_files(part: str) -> list[Path]:
+    root = Path(bigtrain.__file__).parent / part
+    return [root] if root.is_file() else sorted(root.rglob("*.py"))

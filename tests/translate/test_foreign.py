@@ -1,0 +1,158 @@
+"""Configs in transformers' words choose the engine, fill its options, or are refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.errors import ConfigError, UnsupportedError
+from bigtrain.translate import topology_for, translate
+from bigtrain.translate.config import (
+    DeepSpeedSettings,
+    EngineConfig,
+    EngineName,
+    EngineOptions,
+    FsdpSettings,
+)
+from bigtrain.translate.foreign import asked_engine
+
+
+def _config(values: dict[str, Any], engine: EngineName, **more: Any) -> EngineConfig:
+    topology = topology_for(engine, procs_per_node=2)
+    return translate(values, engine=engine, topology=topology, device="cpu", **more).engine
+
+
+def _faults(values: dict[str, Any], engine: EngineName) -> list[str]:
+    with pytest.raises(UnsupportedError) as raised:
+        _config(values, engine)
+    return list(raised.value.faults)
+
+
+@pytest.mark.parametrize(
+    ("values", "engine"),
+    [
+        ({}, None),
+        ({"fsdp": "full_shard auto_wrap"}, "fsdp"),
+        ({"fsdp": True}, "fsdp"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "zero2"),
+        ({"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "zero3"),
+        ({"deepspeed": {"train_batch_size": 8}}, "ddp"),
+    ],
+)
+def test_the_arguments_ask_for_an_engine(values: dict[str, Any], engine: str | None) -> None:
+    assert asked_engine(values) == engine
+
+
+def test_fsdp_words_and_config_become_options() -> None:
+    values = {
+        "fsdp": "shard_grad_op auto_wrap offload",
+        "fsdp_config": {
+            "fsdp_transformer_layer_cls_to_wrap": "A,B",
+            "fsdp_use_orig_params": "true",
+        },
+    }
+
+    assert _config(values, "fsdp").settings == FsdpSettings(
+        shard_size=2, reshard_after_forward=False, cpu_offload=True, wrap_classes=("A", "B")
+    )
+
+
+def test_what_the_engine_section_says_wins_over_fsdp_config() -> None:
+    values = {"fsdp": "full_shard", "fsdp_config": {"cpu_offload": True}}
+    options = EngineOptions(cpu_offload=False)
+
+    settings = _config(values, "fsdp", options=options).settings
+
+    assert settings == FsdpSettings(shard_size=2, cpu_offload=False)
+
+
+def test_fsdp_keys_without_a_counterpart_are_refused_by_name() -> None:
+    values = {
+        "fsdp": "no_shard",
+        "fsdp_config": {"backward_prefetch": "backward_post", "activation_checkpointing": True},
+    }
+
+    assert _faults(values, "fsdp") == [
+        "training.fsdp: 'no_shard' is not supported; use auto_wrap, full_shard, offload, "
+        "shard_grad_op",
+        "training.fsdp_config: backward_prefetch: 'backward_post' has no counterpart in FSDP2 "
+        "here; leave it out",
+        "training.fsdp_config: activation_checkpointing is said by training.gradient_checkpointing "
+        "here",
+    ]
+
+
+def test_a_deepspeed_file_is_followed_and_its_autos_resolved(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    given = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 12_345, "overlap_comm": "auto"},
+        "gradient_predivide_factor": 2.0,
+    }
+    path.write_text(json.dumps(given))
+
+    settings = _config({"deepspeed": str(path), "bf16": True}, "zero2").settings
+
+    assert isinstance(settings, DeepSpeedSettings)
+    assert settings.json["train_batch_size"] == 16
+    assert settings.json["gradient_clipping"] == 1.0
+    assert settings.json["bf16"]["enabled"] is True
+    assert settings.json["zero_optimization"]["reduce_bucket_size"] == 12_345
+    assert settings.json["zero_optimization"]["overlap_comm"] is False
+    assert settings.json["gradient_predivide_factor"] == 2.0
+
+
+def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() -> None:
+    given = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
+        "optimizer": {"type": "AdamW"},
+        "gradient_clipping": 2.0,
+    }
+
+    assert _faults({"deepspeed": given, "fsdp": "full_shard"}, "zero2") == [
+        "training.deepspeed: it asks for engine zero3, but the run's engine is zero2; "
+        "leave one out",
+        "training.fsdp: fsdp and deepspeed are both set; keep one of them",
+        "training.deepspeed: optimizer belongs to the loop; leave it out and set training.optim "
+        "and its hyperparameters",
+        "training.deepspeed: zero_optimization.offload_optimizer is not supported; leave it out",
+        "training.deepspeed: gradient_clipping is 2.0 there, but training.max_grad_norm is 1.0; "
+        'make them equal, or say "auto" there',
+    ]
+
+
+def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
+    from accelerate.utils import DataLoaderConfiguration
+
+    assert _faults({"accelerator_config": {"dispatch_batches": True}}, "ddp") == [
+        "training.accelerator_config: dispatch_batches: True is not supported; leave it out"
+    ]
+    live = DataLoaderConfiguration(dispatch_batches=True)
+    assert len(_faults({"accelerator_config": live}, "ddp")) == 1
+    assert _config({"accelerator_config": {"split_batches": True}}, "ddp").name == "ddp"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "nowhere.json",
+            "nowhere.json can't be read (No such file or directory); give a JSON file",
+        ),
+        (
+            "{",
+            "{ is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
+            "(char 1)",
+        ),
+    ],
+)
+def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        asked_engine({"deepspeed": given})
+
+    assert str(raised.value) == f"training.deepspeed: {message}"
