@@ -7,8 +7,8 @@
 Each case is a world of its own: ranks are forked, a model is trained for a few steps, and the peak
 of live allocated bytes over the last ones is taken: on a CPU from the profiler's memory events
 (every allocation and release since before the model was made), with several ranks from a dispatch
-mode, on a GPU from `torch.cuda.max_memory_allocated`. Process memory is shown beside it; it holds what the allocator
-keeps and the libraries themselves, and is not judged.
+mode, on a GPU from `torch.cuda.max_memory_allocated`. Process memory is shown beside it; it holds
+what the allocator keeps and the libraries themselves, and is not judged.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ class Case:
     accumulation: int = 1
 
     def __str__(self) -> str:
-        shape = f"{self.batch}×{self.sequence}" + (f"×{self.accumulation}" * (self.accumulation > 1))
+        shape = f"{self.batch}×{self.sequence}" + (
+            f"×{self.accumulation}" * (self.accumulation > 1)
+        )
         return (
             f"{self.model} {self.engine} {self.ranks} {self.dtype} {shape}"
             f"{' recomputed' if self.recompute else ''}"
@@ -117,7 +119,7 @@ class Outcome:
 CASES: tuple[Case, ...] = tuple(
     Case(**values)
     for values in (
-        dict(model=m, engine=e, ranks=r, dtype=d, batch=b, sequence=s, recompute=c)
+        {"model": m, "engine": e, "ranks": r, "dtype": d, "batch": b, "sequence": s, "recompute": c}
         for m, e, r, d, b, s, c in (
             ("llama-48M", "single", 1, "fp32", 4, 256, False),
             ("llama-48M", "single", 1, "fp32", 4, 256, True),
@@ -167,7 +169,7 @@ def main() -> None:
 
 def run_case(case: Case, *, with_trace: bool) -> Outcome:
     """Measure one case, and predict it by formula and by trace."""
-    measured = [bytes_ for bytes_ in _in_ranks(case)]
+    measured = list(_in_ranks(case))
     request = _request(case)
     plan = estimate.estimate(request)
     assert plan is not None
@@ -235,9 +237,7 @@ def _in_ranks(case: Case) -> list[dict[str, int]]:
             _, status = os.waitpid(pid, 0)
             if status:
                 sys.exit(f"{case}: a rank failed")
-        return [
-            pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(case.ranks)
-        ]
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(case.ranks)]
 
 
 def _fork(case: Case, rank: int, port: int, folder: Path) -> int:

@@ -117,7 +117,8 @@ def _is_slurm_task(environment: Mapping[str, str]) -> bool:
     """Whether srun started this process as a task of a step.
 
     The shell of a batch script or of an allocation has a rank and a task count too, but it is no
-    task: its step is one of the numbers that Slurm keeps for itself (slurm.h: SLURM_MAX_NORMAL_STEP_ID).
+    task: its step is one of the numbers that Slurm keeps for itself (slurm.h:
+    SLURM_MAX_NORMAL_STEP_ID).
     """
     step = environment.get("SLURM_STEP_ID", "")
     return step.isdigit() and int(step) < 0xFFFFFFF0

@@ -93,9 +93,7 @@ def _tell(verdict: Verdict | None, console: Console) -> None:
     console.close()
 
 
-def _meet(
-    plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again: bool
-) -> Joined:
+def _meet(plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again: bool) -> Joined:
     mark = hashlib.blake2b(seat.token + seat.job.encode(), digest_size=6).hexdigest()
     storage = StorageToken(plan.output_dir, mark=mark)
     is_first = seat.node_rank == 0

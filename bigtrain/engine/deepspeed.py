@@ -262,4 +262,8 @@ def _start_deepspeed(world: RankInfo, device: torch.device) -> None:
             f"DeepSpeed took {used} for its device, this run uses {device.type}; "
             f"set DS_ACCELERATOR={device.type}"
         )
+    # A reduction for inference on CPUs, which training never calls. DeepSpeed would compile it at
+    # its first start, which takes a compiler and most of a minute, and a lock that a killed
+    # compilation leaves behind makes every later start wait for ever.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

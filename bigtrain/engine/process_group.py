@@ -6,6 +6,8 @@ torch is imported when a rank joins; the pure parts are for processes that never
 from __future__ import annotations
 
 import atexit
+import contextlib
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +63,36 @@ def leave() -> None:
     atexit.unregister(leave)
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _let_gloo_finish()
+
+
+def _let_gloo_finish(*, patience_s: float = 2.0) -> None:
+    """Wait until gloo's threads have dropped the tensors of their last collectives.
+
+    The threads live for as long as a mesh or a model refers to a group. They let go of a tensor
+    some time after the collective is done, need the interpreter for that, and where it is at its
+    end already the process dies: "terminate called without an active exception", SIGABRT. A thread
+    that sleeps all through a pause in which it could have had the interpreter has nothing left.
+    """
+    deadline = time.monotonic() + patience_s
+    before: list[str] | None = None
+    while time.monotonic() < deadline:
+        now = _gloo_threads()
+        if now == before and all("\tS (sleeping)" in status for status in now):
+            return
+        before = now
+        time.sleep(0.02)
+
+
+def _gloo_threads() -> list[str]:
+    """State and context switches of each thread that runs collectives; none but on Linux."""
+    found = []
+    for task in Path("/proc/self/task").glob("*/status"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            status = task.read_text()
+            if status.startswith("Name:\tpt_gloo_runloop\n"):
+                found.append(status)
+    return found
 
 
 def nccl_environment(dump_dir: Path) -> dict[str, str]:

@@ -167,9 +167,13 @@ def _zero12(step: Step, zero: Mapping[str, int], *, keeps_all: bool) -> Iterator
     trained = step.shapes.trained_numel
     is_bf16_optimizer = keeps_all and place.config.compute_dtype == "bf16"
     lasting = 4 * trained if is_bf16_optimizer else 0
-    bucket = 0 if is_bf16_optimizer else place.reduce_bytes * min(
-        zero["reduce_bucket_size"], trained
-    ) * (2 if step.on_gpu else 1)
+    bucket = (
+        0
+        if is_bf16_optimizer
+        else place.reduce_bytes
+        * min(zero["reduce_bucket_size"], trained)
+        * (2 if step.on_gpu else 1)
+    )
     own = trained * 4 // place.topology.world_size
     full = compute * trained if keeps_all else own
     yield Moment(
@@ -177,7 +181,11 @@ def _zero12(step: Step, zero: Mapping[str, int], *, keeps_all: bool) -> Iterator
     )
     for done in (1, *((count,) if count > 1 else ())):
         numel = step.trained(step.head + done * step.layer)
-        grown = compute * numel if keeps_all else compute * step.trained(step.layer) + own * done // count
+        grown = (
+            compute * numel
+            if keeps_all
+            else compute * step.trained(step.layer) + own * done // count
+        )
         yield Moment(
             name=_layer_name(done, count),
             activations=step.activations.in_layer(count - done),

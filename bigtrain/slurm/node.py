@@ -43,6 +43,7 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
     console = open_console()
     if seat.node_rank == 0:
         _greet(plan, restarts, console)
+
     def record(verdict: Verdict) -> None:
         if environment.get(VERDICT_VARIABLE):
             Path(environment[VERDICT_VARIABLE]).write_text(f"{verdict.code}\n")

@@ -68,9 +68,7 @@ def settle(*futures: Future[Verdict]) -> list[Verdict]:
     return [future.result(timeout=20) for future in futures]
 
 
-def test_nodes_leave_together_with_one_verdict(
-    nodes: list[Node], pool: ThreadPoolExecutor
-) -> None:
+def test_nodes_leave_together_with_one_verdict(nodes: list[Node], pool: ThreadPoolExecutor) -> None:
     early = [pool.submit(node.leave) for node in nodes[:2]]
     time.sleep(0.3)
     assert not any(future.done() for future in early)

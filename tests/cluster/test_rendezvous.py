@@ -119,9 +119,12 @@ def test_strangers_that_dial_in_do_no_harm() -> None:
 
     def pester() -> None:
         while not stop.is_set():
-            with contextlib.suppress(OSError), socket.create_connection(
-                ("127.0.0.1", places[0].ports[0]), timeout=1
-            ) as connection:
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(
+                    ("127.0.0.1", places[0].ports[0]), timeout=1
+                ) as connection,
+            ):
                 connection.sendall(secrets.choice(NONSENSE))
             time.sleep(0.01)
 

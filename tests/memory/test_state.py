@@ -79,7 +79,9 @@ def _measure_all(world: RankInfo, engines: list[EngineName]) -> Measured:
         for dtype in ("fp32", "bf16"):
             for key in _cases(dtype):
                 config = engine_config(name, dtype, world.world_size)
-                engine, model, numel = train_to_gradients(world, config, lambda k=key: make_model(k))
+                engine, model, numel = train_to_gradients(
+                    world, config, lambda k=key: make_model(k)
+                )
                 found[name, dtype, key] = numel, copy.copy(measure(engine, model))
                 engine.close()
     return found

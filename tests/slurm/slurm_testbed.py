@@ -66,14 +66,22 @@ class Testbed:
         return f"{self.subnet}.{node + 1}"
 
     def run(
-        self, *command: str | Path, check: bool = True, timeout_s: float = 60.0,
-        environment: Mapping[str, str] | None = None, cwd: Path | None = None,
+        self,
+        *command: str | Path,
+        check: bool = True,
+        timeout_s: float = 60.0,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run a command of Slurm's as a user of the cluster would, on its controller's machine."""
         done = subprocess.run(
             [str(word) for word in command],
             env={**os.environ, **self.environment, **(environment or {})},
-            capture_output=True, text=True, timeout=timeout_s, check=False, cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=False,
+            cwd=cwd,
         )
         if check and done.returncode != 0:
             said = f"{done.stdout}{done.stderr}"

@@ -90,9 +90,7 @@ class Run:
 
 
 @pytest.fixture
-def start(
-    bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Run]:
+def start(bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Submits a script: `start(text, *args, nodes=, section=, wrapper=, **plan fields)`."""
     for name, value in bed.environment.items():
         monkeypatch.setenv(name, value)

@@ -111,6 +111,7 @@ def test_a_template_without_a_placeholder_is_refused_by_name() -> None:
 def test_runs_of_different_shapes_are_no_sweep() -> None:
     with pytest.raises(ConfigError, match="same nodes, processes and device"):
         JobRequest(
-            plans=(plan(), plan(nodes=3)), plan_paths=(Path("/a"), Path("/b")),
+            plans=(plan(), plan(nodes=3)),
+            plan_paths=(Path("/a"), Path("/b")),
             settings=SlurmSettings(),
         )
