@@ -118,7 +118,11 @@ def launch(
     output_dir: OutputDir = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", metavar="auto|never|PATH", help="Where to go on. Default: auto."),
+        typer.Option(
+            "--resume",
+            metavar="auto|never|PATH",
+            help="Where to go on. Default: auto; for a script, as it says itself.",
+        ),
     ] = None,
     max_restarts: Annotated[
         int | None,

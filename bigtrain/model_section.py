@@ -103,11 +103,13 @@ def load_tokenizer(
         )
     place = _place(name, root)
     _check_directory(key, place, "tokenizer_config.json")
+    # What was said of the model's repository is not said of another one.
+    is_models = name == model.get("name")
     try:
         return AutoTokenizer.from_pretrained(
             place,
-            revision=section.get("revision") or (model.get("revision") or "main"),
-            trust_remote_code=bool(model.get("trust_remote_code")),
+            revision=section.get("revision") or (is_models and model.get("revision")) or "main",
+            trust_remote_code=is_models and bool(model.get("trust_remote_code")),
         )
     except (OSError, ValueError) as error:
         raise ConfigError(_unreachable(key, place, error)) from error

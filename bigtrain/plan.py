@@ -54,7 +54,7 @@ class RunPlan:
     output_dir: str
     attempt: int = 1
     resume: str = "auto"
-    """`auto`, `never`, or the absolute path of a checkpoint."""
+    """`auto`, `never`, the absolute path of a checkpoint, or `script`: as the script says."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Set before any rank's interpreter starts. Never holds a secret's value."""
     start_method: Literal["fork", "fresh"] = "fork"

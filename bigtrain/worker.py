@@ -22,8 +22,6 @@ from typing import Any
 from transformers import default_data_collator
 
 from bigtrain import rank_logging
-from bigtrain.checkpoint.find import find_checkpoint
-from bigtrain.cluster.environment import RESTART_VARIABLE
 from bigtrain.data.dataset import PadBatch
 from bigtrain.data.prepare import PreparedData, prepare
 from bigtrain.device import choose_device
@@ -35,7 +33,6 @@ from bigtrain.own_plan import own_plan, record
 from bigtrain.plan import PLAN_VARIABLE, RunPlan, current_plan
 from bigtrain.sample import as_lines, is_small, write_sample
 from bigtrain.topology import RankInfo
-from bigtrain.trainer import collectives
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.trainer import Trainer
 
@@ -158,36 +155,13 @@ def _make_trainer(parts: _Parts, engine: Engine) -> Trainer:
 def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]:
     """Train, export, evaluate. Returns the first and the last evaluation loss."""
     if plan.training.get("do_train", True):
-        trainer.train(resume_from_checkpoint=_checkpoint(trainer, plan))
+        trainer.train()
         trainer.save_model()
     wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
     if wants_evaluation and not _is_evaluated(trainer):
         trainer.evaluate()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return (losses[0], losses[-1]) if losses else (None, None)
-
-
-def _checkpoint(trainer: Trainer, plan: RunPlan) -> str | bool:
-    """The checkpoint that training goes on from, or False. Rank 0 decides for all."""
-    # After a restart the newest counts, whatever the first start was told.
-    restarted = int(os.environ.get(RESTART_VARIABLE, "0")) > 0
-    if plan.resume not in ("auto", "never") and not restarted:
-        return plan.resume
-    if plan.resume == "never" and not restarted:
-        return False
-    is_main = trainer.is_world_process_zero()
-    path = collectives.from_main(_newest(Path(plan.output_dir)) if is_main else None)
-    if path is None:
-        return False
-    logger.info("going on from %s", path)
-    return str(path)
-
-
-def _newest(output_dir: Path) -> Path | None:
-    found = find_checkpoint(output_dir)
-    for path, why in found.passed_over:
-        logger.warning("%s is passed over: %s", path, why)
-    return found.path
 
 
 def _is_evaluated(trainer: Trainer) -> bool:

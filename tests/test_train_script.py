@@ -54,3 +54,38 @@ def test_it_trains_evaluates_and_predicts_as_its_flags_say(
     assert (out / "model.safetensors").is_file()
     assert json.loads((out / "eval_results.json").read_text())["eval_loss"] < 5.5
     assert (out / "predict_results.json").is_file()
+
+
+def test_a_scripts_run_goes_on_as_the_launcher_is_told(tmp_path: Path, make_tiny_llama) -> None:
+    (tmp_path / "script.py").write_text(
+        "import torch\n"
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "from bigtrain import Trainer, TrainingArguments\n"
+        "config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16,\n"
+        "    num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)\n"
+        "data = [{'input_ids': torch.arange(8), 'labels': torch.arange(8)} for _ in range(16)]\n"
+        "args = TrainingArguments(output_dir='out', max_steps=4, save_steps=2, use_cpu=True,\n"
+        "    per_device_train_batch_size=2, report_to='none', disable_tqdm=True)\n"
+        "trainer = Trainer(model=LlamaForCausalLM(config), args=args, train_dataset=data)\n"
+        "trainer.train()\n"
+        "print('began at', trainer._initial_global_step)\n"
+    )
+
+    def first_step(*flags: str) -> str:
+        done = subprocess.run(
+            [str(BIN / "bigtrain"), "launch", "script.py", *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+        return done.stdout.rpartition("began at ")[2].strip()
+
+    assert first_step() == "0"
+    assert first_step() == "0", "the script asked for nothing"
+    assert first_step("--resume", "auto") == "4", "all is done"
+    assert not (tmp_path / "out" / "checkpoint-5").exists()
+    assert first_step("--resume", "out/checkpoint-2") == "2"
+    assert first_step("--resume", "never") == "0"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from bigtrain.checkpoint.manifest import MANIFEST, read_manifest
-from bigtrain.checkpoint.staging import committed
+from bigtrain.checkpoint.staging import committed, newest_first
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
 
@@ -20,13 +21,22 @@ class Found:
     """Each with the reason; newest first."""
 
 
-def find_checkpoint(output_dir: Path, *, run_id: str | None = None, deep: bool = False) -> Found:
-    """The newest checkpoint of `output_dir` that verifies; with `run_id`, only of that run.
+def find_checkpoint(
+    output_dir: Path,
+    *,
+    run_id: str | None = None,
+    since: datetime | None = None,
+    resumable: bool = False,
+    deep: bool = False,
+) -> Found:
+    """The newest checkpoint of `output_dir` that verifies.
 
-    With `deep` every byte is hashed; without, large files are when they are loaded.
+    With `run_id` only of that run, with `since` only what was committed after, and `resumable`
+    not one of a model without its training state. With `deep` every byte is hashed; without,
+    large files are when they are loaded.
     """
     passed_over: list[tuple[Path, str]] = []
-    for _, path in committed(output_dir):
+    for path in newest_first(output_dir):
         try:
             verified = verify_checkpoint(path, deep=deep)
         except CheckpointError as fault:
@@ -34,6 +44,11 @@ def find_checkpoint(output_dir: Path, *, run_id: str | None = None, deep: bool =
             continue
         if run_id is not None and verified.manifest.run_id != run_id:
             passed_over.append((path, f"belongs to another run ({verified.manifest.run_id})"))
+            continue
+        if since is not None and datetime.fromisoformat(verified.manifest.created) < since:
+            continue
+        if resumable and verified.manifest.param_groups is None:
+            passed_over.append((path, "holds a model only (save_only_model)"))
             continue
         return Found(path=path, passed_over=tuple(passed_over))
     return Found(path=None, passed_over=tuple(passed_over))

@@ -244,7 +244,7 @@ def _open_destination(
         engine=engine.name,
         world_size=world.world_size,
         progress=request.progress,
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
         versions=versions_of(("bigtrain", "torch", "transformers", "deepspeed")),
         parts={},
         param_groups=snapshot.param_groups,

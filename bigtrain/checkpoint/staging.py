@@ -105,6 +105,22 @@ def committed(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
+def newest_first(output_dir: Path) -> list[Path]:
+    """What looks committed, by when it was: a run that began anew in an old one's directory, or
+    went on from an earlier step, is newer than what it left behind at later steps.
+
+    What has no readable manifest comes first: it may be newer than all that has.
+    """
+    ranked = []
+    for step, path in committed(output_dir):
+        try:
+            created = read_manifest(path).created
+        except CheckpointError:
+            created = "~"  # sorts behind every date
+        ranked.append((created, step, path))
+    return [path for _, _, path in sorted(ranked, reverse=True)]
+
+
 def rotate(
     output_dir: Path, *, run_id: str, keep: int, protect: Set[Path] = frozenset()
 ) -> list[Path]:
@@ -112,7 +128,7 @@ def rotate(
 
     Called on one rank, after a commit. `protect` stay whatever their age, and count.
     """
-    ours = [path for _, path in committed(output_dir) if _is_of_run(path, run_id)]
+    ours = [path for path in newest_first(output_dir) if _is_of_run(path, run_id)]
     protected = {path.resolve() for path in protect}
     spare = len(ours) - max(1, keep)
     removed: list[Path] = []

@@ -82,7 +82,8 @@ class Agent:
                 return 128 + stopped_by
             outcome = self._run_round(server, inbox, restarts=restarts)
             self._tell(outcome)
-            if outcome.failure is None or restarts == self._plan.max_restarts:
+            is_asked_for = outcome.failure is None or outcome.stopped_by is not None
+            if is_asked_for or restarts == self._plan.max_restarts:
                 break
             self._say(f"restarting all ranks ({restarts + 1} of {self._plan.max_restarts})")
         return outcome.exit_code

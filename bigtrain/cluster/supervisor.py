@@ -236,7 +236,7 @@ class Supervisor:
         faults = [left for left in exits if not self._is_stop(left)]
         first = failure.first_failure(faults)
         if first is not None:
-            return Outcome(failure=first, stopped_by=None, exit_code=first.exit_code)
+            return Outcome(failure=first, stopped_by=self._stopped_by, exit_code=first.exit_code)
         return Outcome(
             failure=None, stopped_by=self._stopped_by, exit_code=self._code_without_failure(exits)
         )

@@ -45,7 +45,8 @@ class Request:
     overrides: tuple[Override, ...] = ()
     """In order of precedence, the strongest last: `--set`, then flags."""
     resume: str | None = None
-    """`auto`, `never`, or a checkpoint's path. None: as the run file says, else auto."""
+    """`auto`, `never`, or a checkpoint's path. None: as the run file says, else auto; for a
+    script, as its own call of `train` says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ def _plan_script(target: Path, request: Request, surroundings: Surroundings) -> 
         kind="script",
         script_args=request.script_args,
         engine=translation.engine,
-        resume=_resume(request.resume, {}, surroundings.working_dir),
+        resume=_resume(request.resume or "script", {}, surroundings.working_dir),
         preload=preloading.for_script(processes.engine, facts.preload),
         origins={**config.origins, **processes.origins},
         **_place(target, config.output_dir or f"runs/{name}", surroundings),
@@ -248,13 +249,13 @@ def _with_derivation(translation: Translation, batch: Accumulation | None) -> Tr
 
 
 def _resume(asked: str | None, training: Mapping[str, Any], working_dir: Path) -> str:
-    """`auto`, `never`, or a checkpoint's absolute path. CheckpointError where it holds none."""
+    """As `RunPlan.resume` has it. CheckpointError where a path holds no checkpoint."""
     said = training.get("resume_from_checkpoint") if asked is None else asked
     if said is None or said is True:
         return "auto"
     if said is False:
         return "never"
-    if said in ("auto", "never"):
+    if said in ("auto", "never", "script"):
         return str(said)
     from bigtrain.checkpoint.find import require_checkpoint
 

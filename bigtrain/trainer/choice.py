@@ -34,10 +34,15 @@ def engine_config(
     translated = translation.translate(
         values, engine=name, topology=topology, device=device, hidden_size=hidden_size
     ).engine
-    if plan is None:
+    if plan is None or not _has_engine_options(plan):
         return translated
     # A script's arguments give the values; what the launcher was told of the engine stays.
     return dataclasses.replace(plan.engine, **_precision_and_values(plan.engine, translated))
+
+
+def _has_engine_options(plan: RunPlan) -> bool:
+    """Whether the launcher was told more of the engine than its name."""
+    return any(key.startswith("engine.") and key != "engine.name" for key in plan.origins)
 
 
 def argument_values(args: TrainingArguments) -> dict[str, Any]:

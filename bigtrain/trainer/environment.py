@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime, timezone
 from pathlib import Path
 
-from bigtrain.plan import RunPlan
+from bigtrain.cluster.environment import RESTART_VARIABLE
+from bigtrain.plan import PLAN_VARIABLE, RunPlan
 from bigtrain.topology import RankInfo
 
 LOG_DIR_VARIABLE = "BIGTRAIN_LOG_DIR"
@@ -28,6 +30,17 @@ def log_dir() -> Path | None:
     """Where this rank's log and metrics go; None without bigtrain's launcher."""
     value = os.environ.get(LOG_DIR_VARIABLE)
     return Path(value) if value else None
+
+
+def is_restarted() -> bool:
+    """True where the agent has started the ranks again after one failed."""
+    return int(os.environ.get(RESTART_VARIABLE, "0")) > 0
+
+
+def plan_written() -> datetime:
+    """When this attempt was planned: what it saved itself is younger."""
+    written = Path(os.environ[PLAN_VARIABLE]).stat().st_mtime
+    return datetime.fromtimestamp(written, tz=timezone.utc)
 
 
 def has_console() -> bool:

@@ -97,8 +97,11 @@ class Loop(Evaluation, Resume):
         if self.args.eval_on_start:
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         after_step = self._cadence(trial, ignore_keys_for_eval, start_time)
-        first_epoch = self.state.global_step // schedule.steps_per_epoch
-        for epoch in range(first_epoch, schedule.num_epochs):
+        epochs = range(self.state.global_step // schedule.steps_per_epoch, schedule.num_epochs)
+        if checkpoint is not None and self.state.global_step >= schedule.max_steps:
+            logger.info("step %d of %d is done", self.state.global_step, schedule.max_steps)
+            epochs = range(0)
+        for epoch in epochs:
             self._run_epoch(epoch, loader, schedule, checkpoint, after_step)
             checkpoint = None
             if self.control.should_training_stop:

@@ -7,6 +7,7 @@ where the model is whole on every rank.
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
 from bigtrain.checkpoint.load import open_checkpoint
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.errors import CheckpointError
-from bigtrain.trainer import collectives, rng
+from bigtrain.trainer import collectives, environment, rng
 from bigtrain.trainer.saving import (
     SAFETENSORS_FILE,
     TORCH_FILE,
@@ -48,7 +49,22 @@ class Resume(Saving):
     # ---- Which ----
 
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
-        """The checkpoint that `train(resume_from_checkpoint=asked)` means. All ranks call it."""
+        """The checkpoint that `train(resume_from_checkpoint=asked)` means. All ranks call it.
+
+        What the launcher was told counts before what the script says, and after a restart what
+        this attempt has committed.
+        """
+        if environment.is_restarted():
+            own = self._last_checkpoint(since=environment.plan_written())
+            if own is not None:
+                return own
+        planned = self._plan.resume if self._plan is not None else "script"
+        if planned == "auto":
+            return self._last_checkpoint()
+        if planned == "never":
+            return None
+        if planned != "script":
+            asked = planned
         if asked is None and self.args.overwrite_output_dir:
             return self._last_checkpoint()
         if asked is None or asked is False:
@@ -68,19 +84,23 @@ class Resume(Saving):
         except CheckpointError as error:
             raise NoCheckpointError(f"Can't find a valid checkpoint at {path}: {error}") from error
 
-    def _last_checkpoint(self) -> Path | None:
-        """The newest that verifies; decided by rank 0 for all."""
-        return collectives.from_main(self._find_last() if self.is_world_process_zero() else None)  # type: ignore[no-any-return]
+    def _last_checkpoint(self, *, since: datetime | None = None) -> Path | None:
+        """The newest that verifies, committed after `since`; decided by rank 0 for all."""
+        found = self._find_last(since) if self.is_world_process_zero() else None
+        path: Path | None = collectives.from_main(found)
+        if path is not None:
+            logger.info("going on from %s", path)
+        return path
 
-    def _find_last(self) -> Path | None:
+    def _find_last(self, since: datetime | None) -> Path | None:
         directory = self._output_dir()
         if not directory.is_dir():
             return None
-        found = find_checkpoint(directory)
+        found = find_checkpoint(directory, since=since, resumable=True)
         for path, why in found.passed_over:
             if not (_is_transformers(path) and not _is_ours(path)):
                 logger.warning("%s is passed over: %s", path, why)
-        if found.path is not None:
+        if found.path is not None or since is not None:
             return found.path
         last = get_last_checkpoint(str(directory))
         if last is None or _is_ours(Path(last)) or not _is_transformers(Path(last)):

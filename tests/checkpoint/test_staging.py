@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import pytest
 
 from bigtrain.checkpoint import staging as stagings
+from bigtrain.checkpoint.blocks import hash_file
+from bigtrain.checkpoint.commit import _check_complete
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
+from bigtrain.checkpoint.manifest import Part
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
@@ -26,7 +31,7 @@ def names(output_dir: Path) -> list[str]:
 
 
 def test_rotation_keeps_the_newest_the_protected_and_what_is_not_ours(tmp_path: Path) -> None:
-    for step in (2, 10, 4, 8, 6):
+    for step in (2, 4, 6, 8, 10):
         save_step(tmp_path, step)
     save_step(tmp_path, 1, run_id="another run")
     (tmp_path / "checkpoint-3").mkdir()
@@ -35,6 +40,22 @@ def test_rotation_keeps_the_newest_the_protected_and_what_is_not_ours(tmp_path: 
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-10", "checkpoint-3", "checkpoint-4"]
     assert stagings.rotate(tmp_path, run_id="run", keep=0) == [tmp_path / "checkpoint-4"]
     assert names(tmp_path) == ["checkpoint-1", "checkpoint-10", "checkpoint-3"]
+
+
+def test_what_was_committed_last_is_the_newest_whatever_its_step(tmp_path: Path) -> None:
+    for step in (4, 6, 8, 2):
+        save_step(tmp_path, step)
+    assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint-2"
+    removed = stagings.rotate(tmp_path, run_id="run", keep=2)
+    assert [path.name for path in removed] == ["checkpoint-4", "checkpoint-6"]
+
+
+def test_a_restart_finds_only_what_was_committed_since(tmp_path: Path) -> None:
+    save_step(tmp_path, 4)
+    since = datetime.now(timezone.utc)
+    assert find_checkpoint(tmp_path, since=since).path is None
+    later = save_step(tmp_path, 2)
+    assert find_checkpoint(tmp_path, since=since).path == later
 
 
 def test_leftovers_of_this_run_go_and_those_of_others_stay(tmp_path: Path) -> None:
@@ -90,7 +111,7 @@ def test_the_newest_that_verifies_is_found_and_the_others_named(tmp_path: Path) 
     found = find_checkpoint(tmp_path, run_id="run")
     assert found.path == tmp_path / "checkpoint-10"
     reasons = {path.name: reason for path, reason in found.passed_over}
-    assert list(reasons) == [f"checkpoint-{n}" for n in (300, 200, 100, 12, 11)]
+    assert list(reasons) == [f"checkpoint-{n}" for n in (300, 100, 200, 12, 11)]
     assert "never committed" in reasons["checkpoint-300"]
     assert reasons["checkpoint-200"] == "belongs to another run (another run)"
     assert "never committed" in reasons["checkpoint-100"]
@@ -128,10 +149,9 @@ def test_a_path_that_is_no_checkpoint_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_file_that_another_attempt_took_away_stops_the_commit(tmp_path: Path) -> None:
-    from bigtrain.checkpoint.save import _check_complete
-
     (tmp_path / "weights").write_bytes(b"1234")
-    _check_complete(tmp_path, {"weights": 4})
-    for sizes in ({"weights": 5}, {"optimizer": 4}):
+    whole = hash_file(tmp_path / "weights")
+    _check_complete(tmp_path, [Part(rank=0, files={"weights": whole})])
+    for files in ({"weights": replace(whole, size=5)}, {"optimizer": whole}):
         with pytest.raises(CheckpointError, match="is not there as its rank wrote it"):
-            _check_complete(tmp_path, sizes)
+            _check_complete(tmp_path, [Part(rank=0, files=files)])

@@ -183,6 +183,8 @@ def _forked(
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
+            # An operator for inference, which would take most of a minute to compile.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
             function(out, world)
             dist.destroy_process_group()
