@@ -50,7 +50,7 @@ def metadata_bytes(directory: str, parts: Iterable[Part]) -> bytes | None:
         for stored in part.objects:
             folder, _, name = stored.file.rpartition("/")
             if folder == directory:
-                path = (*GROUPS.split("."), stored.group, stored.name)
+                path: tuple[str | int, ...] = (*GROUPS.split("."), stored.group, stored.name)
                 key = f"{GROUPS}.{stored.group}.{stored.name}"
                 objects[key] = (path, name, stored.begin, stored.length)
     if not tensors and not objects:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,22 @@ class Found:
     """Each with the reason; newest first."""
 
 
-def find_checkpoint(output_dir: Path, *, run_id: str | None = None, deep: bool = False) -> Found:
+def find_checkpoint(
+    output_dir: Path,
+    *,
+    run_id: str | None = None,
+    deep: bool = False,
+    excluding: Set[Path] = frozenset(),
+) -> Found:
     """The newest checkpoint of `output_dir` that verifies; with `run_id`, only of that run.
 
-    With `deep` every byte is hashed; without, large files are when they are loaded.
+    With `deep` every byte is hashed; without, large files are when they are loaded. One that then
+    turns out to be damaged is given as `excluding`, to find the next.
     """
     passed_over: list[tuple[Path, str]] = []
     for _, path in committed(output_dir):
+        if path in excluding:
+            continue
         try:
             verified = verify_checkpoint(path, deep=deep)
         except CheckpointError as fault:

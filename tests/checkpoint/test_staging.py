@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from bigtrain.checkpoint import staging as stagings
+from bigtrain.checkpoint.blocks import FileDigest
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
+from bigtrain.checkpoint.manifest import Part
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
@@ -128,10 +130,13 @@ def test_a_path_that_is_no_checkpoint_is_explained(tmp_path: Path) -> None:
 
 
 def test_a_file_that_another_attempt_took_away_stops_the_commit(tmp_path: Path) -> None:
-    from bigtrain.checkpoint.save import _check_complete
+    from bigtrain.checkpoint.commit import _check_complete
+
+    def part(name: str, size: int) -> Part:
+        return Part(rank=1, files={name: FileDigest(size=size, blocks=b"")})
 
     (tmp_path / "weights").write_bytes(b"1234")
-    _check_complete(tmp_path, {"weights": 4})
-    for sizes in ({"weights": 5}, {"optimizer": 4}):
+    _check_complete(tmp_path, [part("weights", 4)])
+    for wrong in (part("weights", 5), part("optimizer", 4)):
         with pytest.raises(CheckpointError, match="is not there as its rank wrote it"):
-            _check_complete(tmp_path, sizes)
+            _check_complete(tmp_path, [part("weights", 4), wrong])
