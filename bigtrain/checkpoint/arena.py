@@ -58,7 +58,7 @@ class Arena:
                 target.copy_(tensor.detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors):
             torch.cuda.synchronize()
-        whole = memoryview(self._bytes.numpy().data) if self.size else memoryview(b"")
+        whole = self._bytes.numpy().data if self.size else memoryview(b"")
         return [
             whole[place : place + tensor.nbytes]
             for tensor, place in zip(tensors, places, strict=True)

@@ -15,6 +15,7 @@ from types import TracebackType
 
 import xxhash
 
+from bigtrain.checkpoint.witness import Record, RecordSource, record_holds
 from bigtrain.errors import CheckpointError
 
 BLOCK_BYTES = 4 << 20
@@ -133,9 +134,13 @@ def hash_file(path: Path, *, sync: bool = False) -> FileDigest:
 class FileReader:
     """Reads byte ranges of a file, each block checked against `digest` when it is first touched."""
 
-    def __init__(self, path: Path, digest: FileDigest | None) -> None:
+    def __init__(
+        self, path: Path, digest: FileDigest | None, find_record: RecordSource | None = None
+    ) -> None:
         self.path = path
         self.digest = digest
+        self._find_record = find_record
+        self._held: set[Record] = set()
         try:
             self._fd = os.open(path, os.O_RDONLY)
         except OSError as fault:
@@ -158,6 +163,7 @@ class FileReader:
     def read_into(self, offset: int, out: memoryview) -> None:
         """Fill `out` with the bytes from `offset` on."""
         if self.digest is None:
+            self._check_record(offset)
             self._fill(offset, out)
             return
         stop = offset + out.nbytes
@@ -177,6 +183,18 @@ class FileReader:
         if self._fd >= 0:
             os.close(self._fd)
         self._fd = -1
+
+    def _check_record(self, offset: int) -> None:
+        """Check all of the record that holds this byte, when it is first read from."""
+        record = self._find_record(self.path, offset) if self._find_record else None
+        if record is None or not record.is_checked or record in self._held:
+            return
+        if not record_holds(self.path, record):
+            raise CheckpointError(
+                f"{self.path}: bytes {record.start} to {record.stop} are not those that were "
+                "written (their checksum differs); the checkpoint is damaged, use another one"
+            )
+        self._held.add(record)
 
     def _read_checked(self, number: int, begin: int, out: memoryview) -> None:
         if number in self._trusted:
@@ -211,8 +229,14 @@ class FileReader:
 class FilePool:
     """Readers of a checkpoint's files, opened when they are first asked for."""
 
-    def __init__(self, digests: Mapping[Path, FileDigest] | None = None) -> None:
+    def __init__(
+        self,
+        digests: Mapping[Path, FileDigest] | None = None,
+        *,
+        find_record: RecordSource | None = None,
+    ) -> None:
         self._digests = dict(digests or {})
+        self._find_record = find_record
         self._open: OrderedDict[Path, FileReader] = OrderedDict()
 
     def knows(self, path: Path) -> bool:
@@ -224,7 +248,7 @@ class FilePool:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
-        reader = self._open[path] = FileReader(path, self._digests.get(path))
+        reader = self._open[path] = FileReader(path, self._digests.get(path), self._find_record)
         while len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].close()
         return reader

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,15 +29,19 @@ def find_checkpoint(
     since: datetime | None = None,
     resumable: bool = False,
     deep: bool = False,
+    excluding: Set[Path] = frozenset(),
 ) -> Found:
     """The newest checkpoint of `output_dir` that verifies.
 
     With `run_id` only of that run, with `since` only what was committed after, and `resumable`
     not one of a model without its training state. With `deep` every byte is hashed; without,
-    large files are when they are loaded.
+    large files are when they are loaded. One that then turns out to be damaged is given as
+    `excluding`, to find the next.
     """
     passed_over: list[tuple[Path, str]] = []
     for path in newest_first(output_dir):
+        if path in excluding:
+            continue
         try:
             verified = verify_checkpoint(path, deep=deep)
         except CheckpointError as fault:

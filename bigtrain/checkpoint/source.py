@@ -1,8 +1,8 @@
 """What a directory is, as far as checkpoints go, and what it holds.
 
 `open_source` takes whatever a user has: a checkpoint of bigtrain's, one of DeepSpeed's, torch's,
-accelerate's, Lightning's or transformers', one rank's idea of a directory above it, or a run's
-with many of them. No tensor is loaded and no pickle is run.
+accelerate's, Lightning's or transformers', or a run's directory with several of them. No tensor is
+loaded and no pickle is run.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -150,6 +150,11 @@ def find_damage(witnesses: Sequence[Witness]) -> Iterator[Damage]:
             yield Damage(path=path, record=record)
 
 
+def record_holds(path: Path, record: Record) -> bool:
+    """Whether a record's bytes are those that were written. All of it is read."""
+    return _holds(path, record, ())
+
+
 def _holds(path: Path, record: Record, passages: Sequence[_Passage]) -> bool:
     if record.xxh3 is not None:
         for passage in passages:
@@ -195,13 +200,3 @@ def _read(path: Path, fd: int, start: int, stop: int) -> Iterator[memoryview]:
 def no_records(_path: Path, _offset: int) -> Record | None:
     """For sources that store no checksums."""
     return None
-
-
-def records_of(tables: Mapping[Path, Records]) -> RecordSource:
-    """Finds records in tables that are there already."""
-
-    def find(path: Path, offset: int) -> Record | None:
-        table = tables.get(path)
-        return table.at(offset) if table else None
-
-    return find

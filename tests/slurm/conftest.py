@@ -21,6 +21,16 @@ NUM_NODES = 4
 @pytest.fixture(scope="session")
 def bed() -> Iterator[Testbed]:
     """A cluster that is up; skipped, with the reason, where the machine can't carry one."""
+    yield from _cluster()
+
+
+@pytest.fixture
+def own_bed() -> Iterator[Testbed]:
+    """A cluster of one test's own: for those that lose nodes."""
+    yield from _cluster()
+
+
+def _cluster() -> Iterator[Testbed]:
     import slurm_testbed
 
     reason = slurm_testbed.missing()

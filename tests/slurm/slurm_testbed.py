@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -199,6 +200,8 @@ class Testbed:
                 _kill(pid, signal.SIGKILL)
         for path in self.directory.glob("slurm*.pid"):
             _kill(int(_read(path) or 0), signal.SIGKILL)
+        for node in range(self.num_nodes):  # the kernel itself would take its time
+            _call("ip", "link", "del", f"{self.prefix}{node}", check=False)
         for namespace in namespaces:
             _call("ip", "netns", "del", namespace.name, check=False)
         _call("ip", "link", "del", self.prefix, check=False)
@@ -215,14 +218,32 @@ def testbed(num_nodes: int) -> Iterator[Testbed]:
         subnet=_free_subnet(),
         num_nodes=num_nodes,
     )
+    guard = _start_guard(bed)
     try:
         bed._up()
         yield bed
     finally:
-        bed._down()
+        assert guard.stdin is not None
+        guard.stdin.close()
+        guard.wait(timeout=60)
 
 
 testbed.__test__ = False  # type: ignore[attr-defined]
+
+
+def _start_guard(bed: Testbed) -> subprocess.Popen[bytes]:
+    """A process that tears the testbed down when this one closes the pipe, or dies: a test run
+    that is killed leaves no cluster behind."""
+    words = (str(bed.directory), bed.prefix, bed.subnet, str(bed.num_nodes))
+    return subprocess.Popen(
+        [sys.executable, __file__, *words], stdin=subprocess.PIPE, start_new_session=True
+    )
+
+
+def _guard(directory: str, prefix: str, subnet: str, num_nodes: str) -> None:
+    bed = Testbed(directory=Path(directory), prefix=prefix, subnet=subnet, num_nodes=int(num_nodes))
+    sys.stdin.buffer.read()
+    bed._down()
 
 
 def _free_subnet() -> str:
@@ -302,3 +323,7 @@ SwitchType=switch/none
 JobRequeue=1
 MinJobAge=3600
 NodeName=DEFAULT CPUs=8 RealMemory=16000 Gres=gpu:2"""
+
+
+if __name__ == "__main__":
+    _guard(*sys.argv[1:])

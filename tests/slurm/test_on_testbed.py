@@ -92,6 +92,18 @@ class Run:
 @pytest.fixture
 def start(bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Submits a script: `start(text, *args, nodes=, section=, wrapper=, **plan fields)`."""
+    return _starter(bed, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def start_to_lose(
+    own_bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Run]:
+    """The same on a cluster of the test's own, which it may break."""
+    return _starter(own_bed, tmp_path, monkeypatch)
+
+
+def _starter(bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     for name, value in bed.environment.items():
         monkeypatch.setenv(name, value)
 
@@ -247,24 +259,33 @@ def test_an_agent_that_is_killed_is_a_node_lost_and_named(start: Callable[..., R
 
 
 @pytest.mark.slow
-def test_a_node_whose_link_is_down_is_named_within_forty_seconds(
-    start: Callable[..., Run],
+def test_a_node_whose_link_is_down_is_named_and_ends_its_ranks_by_itself(
+    start_to_lose: Callable[..., Run],
 ) -> None:
-    run = start(PLAIN, "wait")
+    run = start_to_lose(PLAIN, "wait")
     run.wait_for_ranks()
-    try:
-        run.bed.set_link(1, up=False)
-        run.ended("PENDING", timeout_s=60)
-        assert run.text().count("node1 vanished") == 1
-        # The cut-off node ends its ranks by itself: nothing goes on writing there.
-        limit = time.monotonic() + 45
-        while _agents(run):
-            assert time.monotonic() < limit, "the lost node's agent is still there"
-            time.sleep(0.5)
-    finally:
-        run.bed.set_link(1, up=True)
-        run.bed.run("scancel", run.job_id)
-    run.bed.wait_until_idle()
+    run.bed.set_link(1, up=False)
+    cut = time.monotonic()
+    while "node1 vanished" not in run.text():
+        assert time.monotonic() < cut + 40, run.text()
+        time.sleep(0.5)
+    while _agents(run):  # also on the node that is cut off: nothing goes on writing there
+        assert time.monotonic() < cut + 60, _agents(run)
+        time.sleep(0.5)
+    run.ended("PENDING", timeout_s=60)
+    assert run.text().count("node1 vanished") == 1
+    assert run.bed.job(run.job_id)["Restarts"] == "1"
+
+
+@pytest.mark.slow
+def test_a_run_on_a_node_whose_slurmd_is_killed_is_started_again(
+    start_to_lose: Callable[..., Run],
+) -> None:
+    run = start_to_lose(PLAIN, "wait")
+    run.wait_for_ranks()
+    run.bed.kill_daemon(1)
+    run.ended("PENDING", timeout_s=90)
+    assert run.bed.job(run.job_id)["Restarts"] == "1"
 
 
 @pytest.mark.slow

@@ -120,7 +120,8 @@ class Staging:
 
     def check_space(self, needed: int) -> None:
         """Raise unless `needed` bytes fit, of which some may be there already."""
-        blocks = sum(path.stat().st_blocks * 512 for path in self.path.iterdir())
+        there = [path for path in self.path.iterdir() if path.name != _JOURNAL]
+        blocks = sum(path.stat().st_blocks * 512 for path in there)
         free = free_bytes(self.path)
         if needed - blocks > free:
             raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bigtrain.checkpoint.dtypes import DType
@@ -106,8 +106,3 @@ def _plan_file(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
             )
     header = header_bytes([(t.name, t.dtype, t.entry.shape) for t in ordered])
     return OutputFile(name=name, tensors=tuple(ordered), header=header)
-
-
-def renamed(tensor: OutputTensor, name: str) -> OutputTensor:
-    """The same elements under another name."""
-    return replace(tensor, name=name)

@@ -13,34 +13,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
-from bigtrain.checkpoint.consolidate.casting import KEEP, check_choice, target_dtype
+from bigtrain.checkpoint.consolidate.casting import KEEP, check_choice
 from bigtrain.checkpoint.consolidate.journal import Staging, check_output
-from bigtrain.checkpoint.consolidate.layout import (
-    OutputFile,
-    OutputTensor,
-    index_json,
-    parse_size,
-    plan_files,
-)
-from bigtrain.checkpoint.consolidate.naming import AUTO, is_adapter, plain_names, split_adapter
-from bigtrain.checkpoint.consolidate.side_files import (
-    CONFIG,
-    find_side_files,
-    read_config,
-    ties_embeddings,
-    with_dtype,
-)
+from bigtrain.checkpoint.consolidate.layout import OutputFile, index_json, parse_size
+from bigtrain.checkpoint.consolidate.naming import AUTO
+from bigtrain.checkpoint.consolidate.plan import Plan, make_plan
+from bigtrain.checkpoint.consolidate.side_files import CONFIG
 from bigtrain.checkpoint.consolidate.stream import Copier, Stopped, WrittenFile
 from bigtrain.checkpoint.consolidate.summary import FileSummary, Moved, Summary
 from bigtrain.checkpoint.consolidate.verification import check_source, read_back
-from bigtrain.checkpoint.index import TensorEntry
-from bigtrain.checkpoint.source import MODEL, Source, open_source
+from bigtrain.checkpoint.source import MODEL, open_source
 from bigtrain.checkpoint.witness import find_damage
 from bigtrain.errors import CheckpointError, ConfigError
 
@@ -49,31 +33,6 @@ logger = logging.getLogger(__name__)
 _MOST_JOBS = 4
 """By default. More seldom pay, and each takes up to 15 MB."""
 _REPORT_S = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """All that is decided before the first byte."""
-
-    source: Source
-    files: tuple[OutputFile, ...]
-    index_name: str
-    side_files: dict[str, Path]
-    config: dict[str, Any]
-    warnings: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(file.nbytes for file in self.files)
-
-    def fingerprint(self) -> str:
-        """The same for an attempt that may go on where another one stopped."""
-        stats = [(str(path), path.stat()) for path in self.source.index.files if path.exists()]
-        identity = [
-            [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-            [(file.name, file.header.hex()) for file in self.files],
-        ]
-        return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
 
 def consolidate(
@@ -110,7 +69,7 @@ def consolidate(
     found = open_source(source, step=step, trust_times=trust_times)
     if remove_source and found.path.resolve() in (output.resolve(), *output.resolve().parents):
         raise ConfigError(f"{output} lies inside {found.path}, which is to be removed")
-    plan = _make_plan(found, weights=weights, dtype=dtype, limit=limit, prefix=prefix)
+    plan = make_plan(found, weights=weights, dtype=dtype, limit=limit, prefix=prefix)
     verify = verify or remove_source
     staging = Staging(output, fingerprint=plan.fingerprint(), resume=resume)
     try:
@@ -129,7 +88,7 @@ def consolidate(
 
 
 def _fill(
-    plan: _Plan,
+    plan: Plan,
     staging: Staging,
     jobs: int | None,
     progress: Callable[[Moved], None] | None,
@@ -154,70 +113,8 @@ class _SystemError(CheckpointError):
     """The system failed us; what was written is kept."""
 
 
-def _make_plan(source: Source, *, weights: str, dtype: str, limit: int, prefix: str) -> _Plan:
-    if weights not in source.sets:
-        raise CheckpointError(
-            f"{source.path} has no weights named {weights!r}; it has: {', '.join(source.sets)}"
-        )
-    chosen = source.sets[weights]
-    side_files = find_side_files(source.path)
-    config = read_config(side_files)
-    stem = MODEL
-    warnings: list[str] = []
-    if is_adapter(chosen):
-        named, stem = split_adapter(chosen)[1], "adapter_model"
-        config = {}
-        side_files.pop(CONFIG, None)
-        if "adapter_config.json" not in side_files:
-            warnings.append("there is no adapter_config.json beside the adapter; PEFT needs one")
-    else:
-        named = _named(source, chosen, prefix, tied=ties_embeddings(config))
-        if not config:
-            warnings.append("there is no config.json beside the weights; from_pretrained needs one")
-    tensors = [
-        OutputTensor(name=name, entry=entry, dtype=target_dtype(dtype, entry.dtype))
-        for name, entry in named.items()
-    ]
-    return _Plan(
-        source=source,
-        files=tuple(plan_files(tensors, max_shard_size=limit, stem=stem)),
-        index_name=f"{stem}.safetensors.index.json",
-        side_files=side_files,
-        config=with_dtype(config, _main_dtype(tensors)) if tensors else config,
-        warnings=tuple(warnings),
-    )
-
-
-def _named(
-    source: Source, chosen: dict[str, TensorEntry] | Any, prefix: str, *, tied: bool
-) -> dict[str, TensorEntry]:
-    """The tensors by their names in the output.
-
-    A tied parameter's second name is left out where the configuration says that it is tied, as
-    transformers does; else it becomes a copy, which any reader takes.
-    """
-    everything = dict(chosen)
-    if not tied:
-        for alias, owner in source.aliases.items():
-            if owner in chosen and alias not in chosen:
-                everything[alias] = chosen[owner]
-    names = plain_names(
-        [*everything, *(a for a in source.aliases if a not in everything)], prefix=prefix
-    )
-    return {names[name]: entry for name, entry in everything.items()}
-
-
-def _main_dtype(tensors: Sequence[OutputTensor]) -> str:
-    """The precision of most of the weights."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        if "float" in tensor.dtype.name:
-            sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.entry.numel
-    return max(sizes, key=lambda name: sizes[name]) if sizes else "float32"
-
-
 def _copy_all(
-    plan: _Plan,
+    plan: Plan,
     staging: Staging,
     jobs: int | None,
     progress: Callable[[Moved], None] | None,
@@ -273,7 +170,7 @@ def _watch(
             progress(Moved(done_bytes=min(moved, total), total_bytes=total, seconds=seconds))
 
 
-def _raise_damage(plan: _Plan, copiers: Sequence[Copier]) -> None:
+def _raise_damage(plan: Plan, copiers: Sequence[Copier]) -> None:
     damaged = list(find_damage([copier.witness for copier in copiers]))
     if not damaged:
         return
@@ -303,7 +200,7 @@ def _what_was_checked(copiers: Sequence[Copier]) -> str:
     return f"the {'xxh3' if own else 'CRC-32'} of all {len(records)} records that were read holds"
 
 
-def _write_small(plan: _Plan, staging: Staging) -> None:
+def _write_small(plan: Plan, staging: Staging) -> None:
     """The rest of the directory, the index last."""
     for name, path in plan.side_files.items():
         (staging.path / name).parent.mkdir(exist_ok=True)
@@ -316,7 +213,7 @@ def _write_small(plan: _Plan, staging: Staging) -> None:
 
 
 def _summarise(
-    plan: _Plan,
+    plan: Plan,
     output: Path,
     written: Sequence[WrittenFile],
     checked: str,

@@ -11,8 +11,10 @@ from bigtrain.checkpoint.manifest import Manifest, Part, StoredTensor
 from bigtrain.errors import CheckpointError
 
 
-def read_committed(checkpoint: Path, *, manifest: Manifest, parts: Sequence[Part]) -> TensorIndex:
-    """The index of a committed checkpoint. No file but the manifest's is opened."""
+def read_committed(
+    checkpoint: Path, *, manifest: Manifest | None, parts: Sequence[Part]
+) -> TensorIndex:
+    """The index of a checkpoint, also of one that has no root yet. No other file is opened."""
     files: dict[str, int] = {}
     tensors: dict[tuple[str, str], StoredTensor] = {}
     extents: dict[tuple[str, str], list[Extent]] = {}
@@ -36,7 +38,7 @@ def read_committed(checkpoint: Path, *, manifest: Manifest, parts: Sequence[Part
     return TensorIndex(
         files=tuple(checkpoint / name for name in files),
         entries={key: _entry(tensor, extents[key]) for key, tensor in tensors.items()},
-        param_groups=manifest.param_groups,
+        param_groups=manifest.param_groups if manifest else None,
     )
 
 

@@ -2,7 +2,9 @@
 
 `.metadata` (a pickle, read without running it) lists every tensor's chunks, and for each the item
 of a `.distcp` file that holds it: a whole `torch.save` zip. Keys as torch's `get_state_dict`
-writes them: `model.<name>`, `optim.state.<name>.<kind>`, `optim.param_groups.<i>.<field>`.
+writes them: `model.<name>`, `optim.state.<name>.<kind>`, `optim.param_groups.<i>.<field>`. Others
+say `optimizer` for `optim` (accelerate), and torchtitan, which flattens the optimizer's state,
+`optimizer.param_groups.<name>.<field>`.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ METADATA = ".metadata"
 MODEL = "model"
 STATE = "optim.state"
 GROUPS = "optim.param_groups"
+_STATES = (f"{STATE}.", "optimizer.state.")
+_GROUPS = (f"{GROUPS}.", "optimizer.param_groups.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +62,15 @@ def is_dcp(directory: Path) -> bool:
     return (directory / METADATA).is_file()
 
 
-def read_dcp(directory: Path) -> TensorIndex:
-    """The index of one DCP directory. A stored item is opened when its extents are asked for."""
+def read_dcp(directory: Path, *, tells_bare: bool = False) -> TensorIndex:
+    """The index of one DCP directory. A stored item is opened when its extents are asked for.
+
+    With `tells_bare`, `model.` counts as a part of weights' own names where not every weight's key
+    begins with it: then a bare state dict was saved, whose modules have that name.
+    """
     found = _read_metadata(directory)
+    weights = [key for key in found.tensors if split_key(key)[1] == WEIGHT]
+    is_bare = tells_bare and not all(key.startswith(f"{MODEL}.") for key in weights)
     chunks: dict[tuple[int, int], _Chunk] = {}
     entries: dict[tuple[str, str], TensorEntry] = {}
     for key, (dtype, shape, boxes) in found.tensors.items():
@@ -72,6 +82,8 @@ def read_dcp(directory: Path) -> TensorIndex:
                 shape, box, file=item.file, offset=item.offset, itemsize=dtype.itemsize
             )
         name, kind = split_key(key)
+        if is_bare and kind == WEIGHT:
+            name = key
         entries[name, kind] = TensorEntry(
             name=name,
             kind=kind,
@@ -86,9 +98,10 @@ def read_dcp(directory: Path) -> TensorIndex:
 
 def split_key(key: str) -> tuple[str, str]:
     """(name, kind) of the tensor that DCP stores as `key`."""
-    if key.startswith(f"{STATE}."):
-        name, _, kind = key.removeprefix(f"{STATE}.").rpartition(".")
-        return name, kind
+    for prefix in _STATES:
+        if key.startswith(prefix):
+            name, _, kind = key.removeprefix(prefix).rpartition(".")
+            return name, kind
     return key.removeprefix(f"{MODEL}."), WEIGHT
 
 
@@ -192,17 +205,33 @@ def _is_row_major(stored: TensorRef) -> bool:
 
 
 def _read_groups(found: _Directory) -> tuple[Mapping[str, Any], ...] | None:
-    groups: dict[int, dict[str, Any]] = {}
-    for key, (number, field) in _group_keys(found):
+    groups: dict[str, dict[str, Any]] = {}
+    for key, (owner, field) in _group_keys(found):
         item = found.items[key, None]
         archive = Archive(found.files[item.file], offset=item.offset, length=item.length)
-        groups.setdefault(number, {})[field] = archive.read()
-    return tuple(groups[number] for number in sorted(groups)) if groups else None
+        groups.setdefault(owner, {})[field] = archive.read()
+    if not groups:
+        return None
+    if all(owner.isdigit() for owner in groups):
+        return tuple(groups[owner] for owner in sorted(groups, key=int))
+    return _joined_groups(groups)
 
 
-def _group_keys(found: _Directory) -> Iterator[tuple[str, tuple[int, str]]]:
+def _joined_groups(by_name: Mapping[str, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Groups of the parameters whose hyperparameters are all the same."""
+    joined: dict[str, dict[str, Any]] = {}
+    for name, fields in by_name.items():
+        group = joined.setdefault(repr(sorted(fields.items())), {**fields, "params": []})
+        group["params"].append(name)
+    return tuple(joined.values())
+
+
+def _group_keys(found: _Directory) -> Iterator[tuple[str, tuple[str, str]]]:
     for key in sorted(found.objects):
-        if key.startswith(f"{GROUPS}."):
-            number, _, field = key.removeprefix(f"{GROUPS}.").partition(".")
-            if number.isdigit():
-                yield key, (int(number), field)
+        for prefix in _GROUPS:
+            if key.startswith(prefix):
+                rest = key.removeprefix(prefix)
+                number, _, field = rest.partition(".")
+                if not number.isdigit():
+                    number, _, field = rest.rpartition(".")
+                yield key, (number, field)

@@ -65,9 +65,7 @@ def read_saved(directory: Path) -> Saved:
     stage = _stage(directory, optim[0])
     _check_ranks(directory, optim_files, optim)
     _check_one_step(directory, optim)
-    first = _structure(
-        sharded[0] if stage == 3 and 0 in sharded else directory / _one(whole, sharded)
-    )
+    first = _structure(_first_model_file(directory, stage, whole, sharded))
     _refuse_by_content(directory, first)
     model = [first]
     if stage == 3 and first.get("frozen_param_shapes"):
@@ -83,8 +81,15 @@ def read_saved(directory: Path) -> Saved:
     )
 
 
-def _one(whole: Sequence[str], sharded: Mapping[int, Path]) -> str:
-    return whole[0] if whole else sharded[min(sharded)].name
+def _first_model_file(
+    directory: Path, stage: int, whole: Sequence[str], sharded: Mapping[int, Path]
+) -> Path:
+    if stage == 3:
+        _check_present(directory, sharded, max(sharded, default=0) + 1, "model states")
+        return sharded[0]
+    if not whole:
+        raise CheckpointError(f"{directory}: mp_rank_00_model_states.pt is missing")
+    return directory / whole[0]
 
 
 def _names(directory: Path) -> list[str]:

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+DEADLINE_S = 300
 WRITERS = Path(__file__).with_name("writers.py")
+
+
+def run_to_end(command: list[str], *, log: Path) -> None:
+    """Run it; it and its ranks end with it, or at the deadline."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(DEADLINE_S)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert code == 0, log.read_text()[-4000:]
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
         if world not in folders:
             folder = tmp_path_factory.mktemp(f"written-by-{world}")
             command = [sys.executable, str(WRITERS), str(folder), str(world)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+            run_to_end(command, log=folder / "log.txt")
             folders[world] = folder
         return folders[world]
 

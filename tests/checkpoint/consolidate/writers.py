@@ -10,6 +10,7 @@ is in them. Run as a program, so that its imports are paid once for all ranks an
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -164,10 +165,14 @@ def on_ranks(world: int, function: Callable[[Path, int], None], out: Path) -> No
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    children = list(_forked(world, port, function, out))
-    codes = [os.waitpid(pid, 0)[1] for pid in children]
-    if any(codes):
-        sys.exit(f"{function.__name__} on {world} ranks: {codes}")
+    children = set(_forked(world, port, function, out))
+    while children:
+        pid, code = os.waitpid(-1, 0)
+        children.discard(pid)
+        if code:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+            sys.exit(f"{function.__name__} on {world} ranks: one failed with {code}")
 
 
 def _forked(
@@ -183,7 +188,7 @@ def _forked(
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in place.items()})
             os.environ["MASTER_ADDR"] = "127.0.0.1"
-            # An operator for inference, which would take most of a minute to compile.
+            # Compiled at its first use, for which ranks would wait on each other; not needed here.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
             function(out, world)

@@ -1,0 +1,86 @@
+"""`bigtrain inspect`: prints what `inspect` finds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bigtrain.checkpoint.inspect import (
+    Inspection,
+    as_values,
+    describe,
+    differences,
+    inspect_checkpoint,
+    verify,
+)
+
+
+def run(
+    path: Path,
+    *,
+    check: bool = False,
+    other: Path | None = None,
+    all_tensors: bool = False,
+    as_json: bool = False,
+    say: Callable[[str], None],
+) -> int:
+    """Describe the checkpoint at `path` by calling `say` with lines; the exit code.
+
+    `check` verifies every hash; `other` is a checkpoint to compare with. Leaves with 1 when a fault
+    or a difference was found. Raises CheckpointError.
+    """
+    found = inspect_checkpoint(path)
+    faults = [_fault(fault) for fault in verify(found)] if check else None
+    differing = _differing(found, other) if other is not None else None
+    if as_json:
+        values = as_values(found) | {"faults": faults, "differences": differing}
+        say(json.dumps(values))
+    else:
+        for line in describe(found, all_tensors=all_tensors):
+            say(line)
+        _say_findings(found, faults, differing, other, say)
+    return 1 if faults or differing else 0
+
+
+def _fault(fault: Any) -> dict[str, Any]:
+    return {"path": str(fault.path), "message": fault.message, "tensors": list(fault.tensors)}
+
+
+def _differing(found: Inspection, other: Path) -> list[dict[str, Any]]:
+    return [vars(each) for each in differences(found, inspect_checkpoint(other))]
+
+
+def _say_findings(
+    found: Inspection,
+    faults: list[dict[str, Any]] | None,
+    differing: list[dict[str, Any]] | None,
+    other: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    if faults is not None:
+        stored = sum(len(part.files) for part in found.parts)
+        whole = f"{stored} files are as they were written" if stored else "no fault was found"
+        say(f"  verified     {whole}" if not faults else f"  verified     {len(faults)} faults:")
+        for fault in faults:
+            say(f"    {fault['message']}")
+            for line in _listed(fault["tensors"]):
+                say(f"      holds {line}")
+    if differing is not None:
+        say(f"  against      {other}: {len(differing)} tensors differ")
+        for each in differing:
+            say(f"    {each['name']} ({each['kind']}): {_how(each)}")
+
+
+def _listed(tensors: list[str], most: int = 8) -> Iterable[str]:
+    yield from tensors[:most]
+    if len(tensors) > most:
+        yield f"{len(tensors) - most} more"
+
+
+def _how(difference: dict[str, Any]) -> str:
+    if difference["count"] is None:
+        return str(difference["what"])
+    largest = difference["largest"]
+    return f"{difference['what']}: {difference['count']} elements, at most by {largest:.3g}"
