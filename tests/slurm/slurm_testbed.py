@@ -25,7 +25,17 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "nsenter", "unshare", "runuser")
+_PROGRAMS = (
+    "slurmctld",
+    "slurmd",
+    "munged",
+    "munge",
+    "sbatch",
+    "ip",
+    "nsenter",
+    "unshare",
+    "runuser",
+)
 _UP_WITHIN_S = 20.0
 _MUNGE_SOCKET = Path("/run/munge/munge.socket.2")
 
@@ -262,12 +272,24 @@ def _free_port() -> int:
 
 
 def _start_munge() -> None:
-    """The machine's own munge, which authenticates for every cluster on it; left running."""
-    if _MUNGE_SOCKET.exists():
+    """The machine's own munge, which authenticates for every cluster on it; left running.
+
+    A munge that was killed leaves its socket, at which Slurm's daemons then wait for ever: asking
+    it for a credential is what tells.
+    """
+    if _munge_answers():
         return
     _MUNGE_SOCKET.parent.mkdir(parents=True, exist_ok=True)
     shutil.chown(_MUNGE_SOCKET.parent, "munge", "munge")
     _call("runuser", "-u", "munge", "--", "/usr/sbin/munged")
+
+
+def _munge_answers() -> bool:
+    try:
+        asked = subprocess.run(["munge", "--no-input"], capture_output=True, timeout=10)
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
 
 
 def _call(*command: str, check: bool = True) -> None:
