@@ -62,6 +62,27 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
             "help": "Save weights as safetensors; false: as torch.save does (pytorch_model.bin)."
         },
     )
+    async_save: bool = field(
+        default=True,
+        metadata={
+            "help": "Write checkpoints in the background: training waits only until its state is "
+            "copied to memory."
+        },
+    )
+    on_save_failure: str = field(
+        default="stop",
+        metadata={
+            "help": "When a checkpoint can't be saved: stop training, or continue without it.",
+            "choices": ["stop", "continue"],
+        },
+    )
+    reset_optimizer: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume weights, schedule and place in the data, and start with a new "
+            "optimizer."
+        },
+    )
     jit_mode_eval: bool = field(
         default=False,
         metadata={"help": "Evaluate through torch.jit.trace where the model can be traced."},
@@ -101,6 +122,8 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         level = self.fp16_opt_level
         if level not in FP16_OPT_LEVELS:
             raise ValueError(f"fp16_opt_level is {level!r}; use {', '.join(FP16_OPT_LEVELS)}")
+        if self.on_save_failure not in ("stop", "continue"):
+            raise ValueError(f"on_save_failure is {self.on_save_failure!r}; use stop or continue")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must lie in range [0,1], it is {self.warmup_ratio}")
         if self.fp16_backend != "auto":

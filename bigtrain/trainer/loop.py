@@ -65,6 +65,7 @@ class Loop(Evaluation, Resume):
             except StopRequestedError as stop:
                 self._leave(stop, trial)
             finally:
+                self._close_saver()
                 preparation.restore_model(self)
                 self.is_in_train = False
         return output
@@ -85,7 +86,7 @@ class Loop(Evaluation, Resume):
             global_batch=self.get_total_train_batch_size(self.args),
         )
         self._start_state(schedule, checkpoint, trial)
-        self._prepare_training(schedule, loader, checkpoint)
+        checkpoint = self._prepare_training(schedule, loader, checkpoint, trial)
         self._tell_what_runs(schedule)
         start_time = time.time()
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
@@ -97,16 +98,21 @@ class Loop(Evaluation, Resume):
         if self.args.eval_on_start:
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         after_step = self._cadence(trial, ignore_keys_for_eval, start_time)
-        epochs = range(self.state.global_step // schedule.steps_per_epoch, schedule.num_epochs)
-        if checkpoint is not None and self.state.global_step >= schedule.max_steps:
-            logger.info("step %d of %d is done", self.state.global_step, schedule.max_steps)
-            epochs = range(0)
-        for epoch in epochs:
+        for epoch in self._epochs_to_do(schedule, checkpoint):
             self._run_epoch(epoch, loader, schedule, checkpoint, after_step)
             checkpoint = None
             if self.control.should_training_stop:
                 break
         return self._finalize_training(schedule, start_time)
+
+    def _epochs_to_do(self, schedule: Schedule, checkpoint: Path | None) -> range:
+        if checkpoint is not None and self.state.global_step >= schedule.max_steps:
+            logger.info("step %d of %d is done", self.state.global_step, schedule.max_steps)
+            return range(0)
+        first = self.state.global_step // schedule.steps_per_epoch
+        if self._position is not None:
+            first = self._position.epoch
+        return range(first, schedule.num_epochs)
 
     # ---- An epoch ----
 
@@ -120,6 +126,7 @@ class Loop(Evaluation, Resume):
     ) -> None:
         self._fire("on_epoch_begin")
         windows_done = self._windows_done(schedule, resumed_from)
+        self._samples_in_epoch = windows_done * schedule.global_batch_size
         if windows_done:
             done = windows_done * self.args.gradient_accumulation_steps
             loader = sharding.skip_batches(loader, done)
@@ -133,6 +140,7 @@ class Loop(Evaluation, Resume):
         grad_norm, learning_rate = None, None
         for window in range(windows_done, schedule.steps_per_epoch):
             self._stop.check()
+            self._settle_save()
             size = self._window_size(schedule, is_last=window == last_of_epoch)
             micro_batches, num_items = self.get_batch_samples(batches, size, self.args.device)
             self._pass_stop_flag()
@@ -164,10 +172,13 @@ class Loop(Evaluation, Resume):
     def _windows_done(self, schedule: Schedule, resumed_from: Path | None) -> int:
         if resumed_from is None or self.args.ignore_data_skip:
             return 0
+        if self._position is not None:
+            return self._position.windows
         return int(self.state.global_step % schedule.steps_per_epoch)
 
     def _pass_stop_flag(self) -> None:
-        if self._stop.is_armed and not self._has_exchanged:
+        is_saving = self._saver is not None and self._saver.in_flight is not None
+        if (self._stop.is_armed or is_saving) and not self._has_exchanged:
             self._stop.exchange(None)
         self._has_exchanged = False
 
@@ -198,6 +209,7 @@ class Loop(Evaluation, Resume):
         self.state.global_step += 1
         self.state.epoch = epoch_progress
         self._samples_seen += self._global_batch_size
+        self._samples_in_epoch += self._global_batch_size
         self._fire("on_step_end")
         return result.grad_norm, learning_rate
 
@@ -265,8 +277,7 @@ class Loop(Evaluation, Resume):
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
-            self._save_checkpoint(model, trial)
-            self._fire("on_save")
+            self._save_and_tell(model, trial)
 
     # ---- Start and end ----
 
@@ -292,22 +303,29 @@ class Loop(Evaluation, Resume):
         self.state.init_training_references(self, schedule.max_steps, schedule.num_epochs, trial)
         self.current_flos = 0.0
         self._samples_seen = 0
+        self._position, self._saved_step = None, None
         self._global_batch_size = schedule.global_batch_size
         self._ends_within_window = False
 
     def _prepare_training(
-        self, schedule: Schedule, loader: DataLoader[Any], checkpoint: Path | None
-    ) -> None:
-        """Model and optimizer into the engine, the schedule on top, then what was saved."""
+        self, schedule: Schedule, loader: DataLoader[Any], checkpoint: Path | None, trial: Any
+    ) -> Path | None:
+        """Model and optimizer into the engine, the schedule on top, then what was saved: the
+        checkpoint that it was."""
         preparation.prepare_engine(self, checkpoint)
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_scheduler(num_training_steps=schedule.max_steps)
         if checkpoint is not None:
-            self._load_training(checkpoint)
+            checkpoint = self._load_newest(
+                checkpoint, start_over=lambda path: self._start_state(schedule, path, trial)
+            )
+        if self.args.save_strategy != SaveStrategy.NO:
+            self._open_saver().warm_up(self.engine)
         for name in ("model", "optimizer", "lr_scheduler"):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = loader
+        return checkpoint
 
     def _finalize_training(self, schedule: Schedule, start_time: float) -> TrainOutput:
         self._total_loss_scalar += self._tr_loss.item()
@@ -324,6 +342,7 @@ class Loop(Evaluation, Resume):
         metrics["train_loss"] = train_loss
         self._memory_tracker.stop_and_update_metrics(metrics)
         self.log(metrics)
+        self._finish_save()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self._fire("on_train_end")
@@ -332,9 +351,10 @@ class Loop(Evaluation, Resume):
     def _leave(self, stop: StopRequestedError, trial: Any) -> NoReturn:
         """Save what is there, together with all ranks, and end this process."""
         self._reporter.say(f"stopping at step {self.state.global_step}: saving a checkpoint first")
-        if self.state.global_step > 0:
-            self._save_checkpoint(self.model_wrapped, trial)
-            self._fire("on_save")
+        self._finish_save()
+        if self.state.global_step > 0 and self._saved_step != self.state.global_step:
+            self._save_and_tell(self.model_wrapped, trial)
+            self._finish_save()
         raise SystemExit(stop.exit_code)
 
     def _tell_what_runs(self, schedule: Schedule) -> None:

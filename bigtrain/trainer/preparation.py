@@ -18,7 +18,6 @@ from transformers.trainer_utils import (
     set_seed,
 )
 
-from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.trainer.arguments import TrainingArguments
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ def restore_model(trainer: Loop) -> None:
 
 def prepare_engine(trainer: Loop, checkpoint: Path | None) -> None:
     """Make the optimizer, and give it and the model to the engine; once for both."""
-    if checkpoint is not None and not (checkpoint / MANIFEST).is_file():
+    if checkpoint is not None and trainer._loads_before_preparing(checkpoint):
         trainer._load_from_checkpoint(checkpoint)
     trainer.create_optimizer()
     if trainer._is_prepared and trainer.engine.optimizer is trainer.optimizer:

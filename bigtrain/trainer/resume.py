@@ -1,12 +1,15 @@
 """Going on from a checkpoint: which one, what of it, and where the data continues.
 
-bigtrain's own checkpoints load into any engine. One that transformers wrote (no manifest) loads
-where the model is whole on every rank.
+bigtrain's own checkpoints load into any engine at any size, and so do those with an optimizer's
+state that transformers, accelerate, DeepSpeed or torch wrote. Adapters that transformers wrote
+load where the model is whole on every rank.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,10 @@ from transformers.trainer_utils import (
     load_sharded_checkpoint,
 )
 
+from bigtrain.checkpoint.agreement import attempt
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
-from bigtrain.checkpoint.load import open_checkpoint
+from bigtrain.checkpoint.foreign import is_foreign
+from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import collectives, environment, rng
@@ -43,8 +48,34 @@ class NoCheckpointError(CheckpointError, ValueError):
     """Nothing to resume from. Also the ValueError that scripts for transformers' Trainer expect."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where in the data training goes on, when another batch size than now was used."""
+
+    epoch: int
+    windows: int
+    """Optimizer steps of now that hold the samples of the epoch that were seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Which checkpoints will do, where none was asked for by name."""
+
+    since: datetime | None = None
+    damaged: Set[Path] = frozenset()
+    """Those that turned out to be so when they were read."""
+
+    def without(self, path: Path) -> Search:
+        """The same, with one more that is damaged."""
+        return Search(since=self.since, damaged=self.damaged | {path})
+
+
 class Resume(Saving):
     """What the trainer reads back."""
+
+    _position: Position | None = None
+    _search: Search | None = None
+    """How the checkpoint was found, and an older one can be; None where it was named."""
 
     # ---- Which ----
 
@@ -54,13 +85,14 @@ class Resume(Saving):
         What the launcher was told counts before what the script says, and after a restart what
         this attempt has committed.
         """
+        self._search = None
+        planned = self._plan.resume if self._plan is not None else "script"
+        if planned == "auto":
+            return self._last_checkpoint()
         if environment.is_restarted():
             own = self._last_checkpoint(since=environment.plan_written())
             if own is not None:
                 return own
-        planned = self._plan.resume if self._plan is not None else "script"
-        if planned == "auto":
-            return self._last_checkpoint()
         if planned == "never":
             return None
         if planned != "script":
@@ -77,7 +109,7 @@ class Resume(Saving):
                 )
             return found
         path = Path(asked)
-        if path.is_dir() and not _is_ours(path) and _is_transformers(path):
+        if path.is_dir() and not _is_ours(path) and (is_foreign(path) or _is_transformers(path)):
             return path
         try:
             return require_checkpoint(path)
@@ -86,24 +118,33 @@ class Resume(Saving):
 
     def _last_checkpoint(self, *, since: datetime | None = None) -> Path | None:
         """The newest that verifies, committed after `since`; decided by rank 0 for all."""
-        found = self._find_last(since) if self.is_world_process_zero() else None
-        path: Path | None = collectives.from_main(found)
+        self._search = Search(since=since)
+        path = self._next_checkpoint(self._search)
         if path is not None:
             logger.info("going on from %s", path)
         return path
 
-    def _find_last(self, since: datetime | None) -> Path | None:
+    def _next_checkpoint(self, search: Search) -> Path | None:
+        is_main = self.is_world_process_zero()
+        found: Path | None = collectives.from_main(self._find_last(search) if is_main else None)
+        return found
+
+    def _find_last(self, search: Search) -> Path | None:
         directory = self._output_dir()
         if not directory.is_dir():
             return None
-        found = find_checkpoint(directory, since=since, resumable=True)
+        found = find_checkpoint(
+            directory, since=search.since, excluding=search.damaged, resumable=True
+        )
         for path, why in found.passed_over:
             if not (_is_transformers(path) and not _is_ours(path)):
                 logger.warning("%s is passed over: %s", path, why)
-        if found.path is not None or since is not None:
+        if found.path is not None or search.since is not None:
             return found.path
         last = get_last_checkpoint(str(directory))
-        if last is None or _is_ours(Path(last)) or not _is_transformers(Path(last)):
+        if last is None or Path(last) in search.damaged or _is_ours(Path(last)):
+            return None
+        if not (_is_transformers(Path(last)) or is_foreign(Path(last))):
             return None
         return Path(last)
 
@@ -151,42 +192,111 @@ class Resume(Saving):
         self.callback_handler.remove_callback(callback)
         self.callback_handler.add_callback(restored)
 
+    def _load_newest(self, checkpoint: Path, *, start_over: Callable[[Path], None]) -> Path:
+        """Load `checkpoint`, or an older one where that turns out to be damaged and any will do;
+        `start_over` then takes the trainer's own state from it. The one that was loaded."""
+        while True:
+            try:
+                self._load_training(checkpoint)
+                return checkpoint
+            except CheckpointError as fault:
+                if self._search is None:
+                    raise
+                self._search = self._search.without(checkpoint)
+                older = self._next_checkpoint(self._search)
+                if older is None:
+                    raise
+                logger.warning("%s is passed over: %s", checkpoint, fault)
+                logger.info("going on from %s", older)
+                checkpoint = older
+                start_over(checkpoint)
+
     def _load_training(self, checkpoint: Path) -> None:
-        """Weights, optimizer, scheduler and loss scale into what is prepared. All ranks call it."""
-        if not _is_ours(checkpoint):
+        """Weights, optimizer, scheduler and loss scale into what is prepared. All ranks call it.
+
+        Raises CheckpointError on all ranks or on none.
+        """
+        if self._loads_before_preparing(checkpoint):
             self._load_foreign_optimizer(checkpoint)
             return
-        with open_checkpoint(checkpoint) as loaded:
-            self._require_resumable(checkpoint, loaded.source.param_groups is not None)
-            self._run_id = loaded.manifest.run_id
-            self._samples_seen = loaded.progress.samples_seen
-            self.engine.load_local_state(loaded.source, optimizer=True)
-            scheduler = loaded.scheduler_state()
-            if scheduler is not None:
+        with self._opened(checkpoint) as loaded:
+            resets = self.args.reset_optimizer
+            if not resets:
+                self._require_resumable(checkpoint, loaded.source.param_groups is not None)
+            self._run_id = loaded.run_id
+            self._take_position(loaded)
+            ranks = self.args.ranks
+            restore(self.engine, loaded, world=ranks, optimizer=not resets)
+            scheduler, scaler = attempt(
+                ranks, lambda: (loaded.scheduler_state(), loaded.scaler_state())
+            )
+            if scheduler is not None and not _is_deepspeed(scheduler):
                 self.lr_scheduler.load_state_dict(scheduler)
-            self.engine.load_scaler_state(loaded.scaler_state())
+            if not resets and scaler:
+                self.engine.load_scaler_state(scaler)
+
+    def _opened(self, checkpoint: Path) -> LoadedCheckpoint:
+        names = group_names(self.engine)
+        return attempt(self.args.ranks, lambda: open_checkpoint(checkpoint, names=names))
+
+    def _take_position(self, loaded: LoadedCheckpoint) -> None:
+        """Where the data goes on, counted in samples where the batch size has changed."""
+        progress, now = loaded.progress, self._global_batch_size
+        self._samples_seen = progress.samples_seen
+        before = progress.global_batch_size
+        if before is None or before == now:
+            return
+        windows, repeated = divmod(progress.samples_in_epoch, now)
+        if repeated:
+            logger.warning(
+                "the checkpoint's %d samples of its epoch are no whole number of batches of %d: "
+                "%d of them are seen again",
+                progress.samples_in_epoch,
+                now,
+                repeated,
+            )
+        epoch = int(progress.epoch) if progress.samples_in_epoch else round(progress.epoch)
+        self._position = Position(epoch=epoch, windows=windows)
 
     def _load_rng_state(self, checkpoint: str | Path | None) -> None:
-        """This rank's random generators as they were when the checkpoint was saved."""
+        """This rank's random generators as they were when the checkpoint was saved; with another
+        number of ranks, new ones that follow from seed, step and rank."""
         if checkpoint is None:
             return
-        states = self._saved_rng(Path(checkpoint))
-        if states is None:
-            logger.info("%s has no random state of this rank: it draws anew", checkpoint)
+        states, world_size = self._saved_rng(Path(checkpoint))
+        if states is not None and world_size == self.args.world_size:
+            rng.restore(states, self.engine.device)
             return
-        rng.restore(states, self.engine.device)
+        step, rank = self.state.global_step, self.args.process_index
+        rng.derive(seed=self.args.seed, step=step, rank=rank, device=self.engine.device)
+        if self.is_world_process_zero():
+            logger.info(
+                "%s was saved by %d ranks, this run has %d: random numbers go on from seed %d, "
+                "step and rank",
+                checkpoint,
+                world_size,
+                self.args.world_size,
+                self.args.seed,
+            )
 
-    def _saved_rng(self, checkpoint: Path) -> dict[str, Any] | None:
-        if _is_ours(checkpoint):
-            with open_checkpoint(checkpoint) as loaded:
-                return loaded.rng_state(self.args.process_index)
+    def _saved_rng(self, checkpoint: Path) -> tuple[dict[str, Any] | None, int]:
+        """This rank's random state, and how many ranks there were."""
+        if not self._loads_before_preparing(checkpoint):
+            with open_checkpoint(checkpoint, names=group_names(self.engine)) as loaded:
+                return loaded.rng_state(self.args.process_index), loaded.world_size
         alone = self.args.world_size == 1
         name = "rng_state.pth" if alone else f"rng_state_{self.args.process_index}.pth"
         path = checkpoint / name
         if not path.is_file():
-            return None
+            return None, 1
         with safe_globals():
-            return torch.load(path, weights_only=True)  # type: ignore[no-any-return]
+            return torch.load(path, weights_only=True), self.args.world_size
+
+    def _loads_before_preparing(self, checkpoint: Path) -> bool:
+        """Whether only transformers' own way of loading reads it: adapters, or weights alone."""
+        if _is_ours(checkpoint):
+            return False
+        return _is_peft_model(self.model) or not is_foreign(checkpoint)
 
     # ---- transformers' own checkpoints ----
 
@@ -255,6 +365,11 @@ class Resume(Saving):
                 self.engine.load_local_state(loaded.source, optimizer=False)
         else:
             self._load_from_checkpoint(best)
+
+
+def _is_deepspeed(scheduler: dict[str, Any]) -> bool:
+    """Whether it is of one of DeepSpeed's schedulers, which count in their own way."""
+    return "last_batch_iteration" in scheduler
 
 
 def _is_ours(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,17 @@ def restore(states: Mapping[str, Any], device: torch.device) -> None:
         if isinstance(own, (list, tuple)):
             own = own[device.index or 0]
         torch.cuda.random.set_rng_state(own, device)
+
+
+def derive(*, seed: int, step: int, rank: int, device: torch.device) -> None:
+    """Put the generators where they follow from the run's seed, the step and this rank alone."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    value = int.from_bytes(digest[:4], "little")
+    random.seed(value)
+    np.random.seed(value)
+    torch.default_generator.manual_seed(value)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(value)
 
 
 def _tuples(value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import uuid
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
 from transformers.trainer_utils import (
     PREFIX_CHECKPOINT_DIR,
     _is_peft_model,
@@ -21,7 +22,7 @@ from transformers.trainer_utils import (
 )
 
 from bigtrain.checkpoint.manifest import Progress
-from bigtrain.checkpoint.save import save_checkpoint
+from bigtrain.checkpoint.save import InFlight, Saver, SaveRequest
 from bigtrain.checkpoint.staging import rotate
 from bigtrain.errors import CheckpointError, UnsupportedError
 from bigtrain.trainer import collectives, rng
@@ -41,6 +42,12 @@ class Saving(Reporting, TrainerCore):
 
     _run_id: str | None = None
     _samples_seen = 0
+    _samples_in_epoch = 0
+    _global_batch_size = 0
+    _saver: Saver | None = None
+    _saved_step: int | None = None
+    _state_of_save: TrainerState | None = None
+    """The state as it was at the save in flight: `on_save` comes later, and is told of then."""
 
     # ---- The model ----
 
@@ -115,16 +122,18 @@ class Saving(Reporting, TrainerCore):
     # ---- Checkpoints ----
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Commit `checkpoint-<step>`; older ones go only after that. All ranks call it."""
+        """Commit `checkpoint-<step>`; older ones go only after that. All ranks call it.
+
+        In the background, the commit comes when training has gone on: see `_settle_save`.
+        """
+        self._finish_save()
         self.store_flos()
         output_dir = Path(self._get_output_dir(trial)).absolute()
         target = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._remember_best(output_dir, target)
         self._remember_callbacks()
-        save_checkpoint(
-            target,
-            engine=self.engine,
-            world=self.args.ranks,
+        request = SaveRequest(
+            target=target,
             run_id=self._run(),
             progress=self._progress(),
             scheduler_state=self.lr_scheduler.state_dict(),
@@ -132,8 +141,89 @@ class Saving(Reporting, TrainerCore):
             write_files=self._write_checkpoint_files,
             only_model=self.args.save_only_model,
         )
-        self._reporter.saved(target, self.state.global_step)
-        self._rotate(output_dir, newest=target)
+        with self._failure_as_asked():
+            saver = self._open_saver()
+            saver.save(request, self.engine, wait=not self._may_save_later())
+            self._saved_step = self.state.global_step
+            if saver.in_flight is None:
+                self._tell_saved(InFlight(target=target, progress=request.progress))
+
+    def _save_and_tell(self, model: nn.Module, trial: Any) -> None:
+        """Save, and fire `on_save` once the checkpoint is committed: now, or at a later step."""
+        self._save_checkpoint(model, trial)
+        if self._saver is not None and self._saver.in_flight is not None:
+            self._state_of_save = copy.copy(self.state)
+            self._stop.forget_save()
+        elif self._saved_step == self.state.global_step or self._overrides_saving():
+            self._fire("on_save")
+        self.control.should_save = False
+
+    def _settle_save(self) -> None:
+        """Between two steps: finish the save in flight once all ranks know that it is done."""
+        if self._saver is None or self._saver.in_flight is None:
+            return
+        if self._stop.save_status():
+            self._finish_save()
+        else:
+            self._stop.note_save(self._saver.status())
+
+    def _finish_save(self) -> None:
+        """Wait for the save in flight, and fire its `on_save`. All ranks call it."""
+        if self._saver is None or self._saver.in_flight is None:
+            return
+        with self._failure_as_asked():
+            finished = self._saver.finish()
+            if finished is not None:
+                self._tell_saved(finished)
+                self._fire_on_save_of(self._state_of_save or self.state)
+
+    def _fire_on_save_of(self, state: TrainerState) -> None:
+        """`on_save` as it would have come at that step: callbacks look for its checkpoint."""
+        self.control = self.callback_handler.on_save(self.args, state, self.control)
+
+    def _tell_saved(self, saved: InFlight) -> None:
+        self._reporter.saved(saved.target, saved.progress.step)
+        self._rotate(saved.target.parent, newest=saved.target)
+
+    def _open_saver(self) -> Saver:
+        if self._saver is None:
+            self._saver = Saver(self.args.ranks, in_background=self.args.async_save)
+        return self._saver
+
+    def _close_saver(self) -> None:
+        """Let the writing process go; it finishes what it was told."""
+        if self._saver is not None:
+            self._saver.close()
+        self._saver = None
+
+    def _may_save_later(self) -> bool:
+        """Not where an override or callback takes the files to be there when it has saved."""
+        if not self.args.async_save or not self.is_in_train:
+            return False
+        reason = None
+        if self._overrides_saving():
+            reason = f"{type(self).__name__} overrides _save_checkpoint"
+        elif self.args.enable_jit_checkpoint:
+            reason = "enable_jit_checkpoint is on"
+        if reason is not None and not self._has_said_why:
+            logger.info("saving while training waits: %s", reason)
+            self._has_said_why = True
+        return reason is None
+
+    _has_said_why = False
+
+    def _overrides_saving(self) -> bool:
+        return type(self)._save_checkpoint is not Saving._save_checkpoint
+
+    @contextmanager
+    def _failure_as_asked(self) -> Iterator[None]:
+        """`on_save_failure: continue` makes a failed save a warning. It failed on all ranks."""
+        try:
+            yield
+        except CheckpointError as fault:
+            if self.args.on_save_failure != "continue":
+                raise
+            logger.warning("no checkpoint was saved, going on without it: %s", fault)
 
     def _write_checkpoint_files(self, directory: Path) -> None:
         """The files that the checkpoint itself does not make; on rank 0, without collectives."""
@@ -149,6 +239,8 @@ class Saving(Reporting, TrainerCore):
             step=self.state.global_step,
             epoch=self.state.epoch or 0.0,
             samples_seen=self._samples_seen,
+            samples_in_epoch=self._samples_in_epoch,
+            global_batch_size=self._global_batch_size,
             tokens_seen=self.state.num_input_tokens_seen,
             seed=self.args.seed,
         )

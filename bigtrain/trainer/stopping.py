@@ -47,6 +47,8 @@ class StopFlag:
         self.is_armed = is_armed
         self._device = device
         self._noted = 0
+        self._save_status = 0
+        self._save_is_known = False
         self._pending: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -71,11 +73,13 @@ class StopFlag:
         self._noted = self._noted or (_TERMINATED if number == signal.SIGTERM else _NOTICED)
 
     def exchange(self, items: Tensor | None) -> Tensor | None:
-        """The sum of `items` (0-dim) over all ranks, with this rank's note; all ranks call it."""
+        """The sum of `items` (0-dim) over all ranks, with this rank's notes; all ranks call it."""
         if collectives.world_size() == 1:
             return items
         # Filled, not made from a list: that would wait for the device.
-        message = torch.full((2,), self._noted, dtype=torch.int64, device=self._device)
+        message = torch.full((3,), self._noted, dtype=torch.int64, device=self._device)
+        message[2].fill_(self._save_status)
+        self._save_is_known = True
         if items is None:
             message[0].zero_()
         else:
@@ -88,7 +92,7 @@ class StopFlag:
         if message.device.type == "cpu":
             self._pending = message
             return
-        self._pending = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        self._pending = torch.empty(3, dtype=torch.int64, pin_memory=True)
         self._pending.copy_(message, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
@@ -102,9 +106,23 @@ class StopFlag:
         if agreed:
             raise StopRequestedError(EXIT_REQUEUE if agreed >= _NOTICED else EXIT_TERMINATED)
 
-    def _answer(self) -> int:
+    def note_save(self, status: int) -> None:
+        """What this rank knows of the save in flight, for the next exchange."""
+        self._save_status = status
+
+    def forget_save(self) -> None:
+        """Another save begins: what was exchanged until now is of an earlier one."""
+        self._save_status, self._save_is_known = 0, False
+
+    def save_status(self) -> int:
+        """The sum over all ranks of what the last exchange carried of the save in flight."""
+        if collectives.world_size() == 1:
+            return self._save_status
+        return self._answer(2) if self._save_is_known else 0
+
+    def _answer(self, place: int = 1) -> int:
         if self._pending is None:
             return 0
         if self._copied is not None:
             self._copied.synchronize()
-        return int(self._pending.numpy()[1])
+        return int(self._pending.numpy()[place])

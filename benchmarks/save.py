@@ -1,0 +1,380 @@
+"""How long training waits for a checkpoint, and how long one takes to write and to load.
+
+    python benchmarks/save.py [--parameters 300] [--ranks 2] [--repeats 3] [--json]
+
+A Llama of about as many million parameters with AdamW's state, under FSDP2 on ranks of this
+machine. In each repeat, one after another on the same state: bigtrain in the background and at
+once, torch's `dcp.save`, its `async_save` by thread and by process, what accelerate and
+transformers' Trainer do for FSDP (two `dcp.save`), and, on the same model under ZeRO-2, DeepSpeed's
+own `save_checkpoint`. Then all that was written is loaded: into the same engine and size, ours
+also into ZeRO-2. `blocked` is what the training loop waits; `done` is until the files are complete
+(bigtrain's are synced and verified by then, the others' are in the page cache). Medians, seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import pickle
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+
+import psutil
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from bigtrain.checkpoint.load import open_checkpoint, restore
+from bigtrain.checkpoint.manifest import Progress
+from bigtrain.checkpoint.save import Saver, SaveRequest
+from bigtrain.engine import build_engine, process_group
+from bigtrain.topology import RankInfo, Topology
+from bigtrain.translate import deepspeed
+from bigtrain.translate.config import EngineConfig, EngineOptions, FsdpSettings
+
+CPU = torch.device("cpu")
+HIDDEN = 1024
+# As without a GPU; the others need one.
+STAGING = StagingOptions(
+    use_pinned_memory=False,
+    use_shared_memory=True,
+    use_async_staging=False,
+    use_non_blocking_copy=False,
+)
+
+
+def main() -> int:
+    """Measure and print; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
+    parser.add_argument("--parameters", type=int, default=300, help="millions (default 300)")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
+        found: dict[str, dict[str, list[float]]] = {}
+        for phase in (measure_fsdp, measure_deepspeed):
+            found |= run_ranks(phase, chosen, Path(folder))
+    report(found, as_json=chosen.json)
+    return 0
+
+
+class _Raw(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def report(found: dict[str, dict[str, list[float]]], *, as_json: bool) -> None:
+    """Print the medians."""
+    medians = {
+        name: {key: statistics.median(values) for key, values in measured.items()}
+        for name, measured in found.items()
+    }
+    if as_json:
+        print(json.dumps(medians))
+        return
+    base = medians["dcp sync"]["blocked"]
+    print(f"{'':34}{'blocked':>9}{'× dcp':>8}{'done':>9}{'memory +MB':>12}{'load':>9}")
+    for name, row in medians.items():
+        blocked = row.get("blocked")
+        cells = [
+            f"{blocked:9.3f}{blocked / base:8.2f}" if blocked is not None else " " * 17,
+            f"{row['done']:9.2f}" if "done" in row else " " * 9,
+            f"{row['memory']:12.0f}" if "memory" in row else " " * 12,
+            f"{row['load']:9.2f}" if "load" in row else "",
+        ]
+        print(f"{name:34}{''.join(cells)}")
+
+
+# ---- Phases, each in its own processes ----
+
+
+def measure_fsdp(world: RankInfo, chosen: Any, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """All that can save and load the state of an FSDP2 engine."""
+    engine = make_engine("fsdp", world, chosen.parameters)
+    optimizer = engine.optimizer
+    saver = Saver(world, in_background=True)
+    saver.warm_up(engine)
+    now = Saver(world, in_background=False)
+    stager = DefaultStager(STAGING)
+
+    def state() -> dict[str, Any]:
+        return {
+            "model": get_model_state_dict(engine._model),
+            "optim": get_optimizer_state_dict(engine._model, optimizer),
+        }
+
+    def ours(path: Path, *, wait: bool) -> Callable[[], Any]:
+        chosen_saver = now if wait else saver
+        chosen_saver.save(request(path), engine, wait=wait)
+        return chosen_saver.finish
+
+    def by_dcp(path: Path, kind: Any = None) -> Callable[[], Any]:
+        if kind is None:
+            dcp.save(state(), checkpoint_id=path)
+            return lambda: None
+        future: Any = dcp.async_save(
+            state(),
+            checkpoint_id=path,
+            async_checkpointer_type=kind,
+            async_stager=stager,
+        )
+        upload = getattr(future, "upload_completion", future)
+        if hasattr(future, "staging_completion"):
+            future.staging_completion.result()
+        return upload.result  # type: ignore[no-any-return]
+
+    def by_accelerate(path: Path) -> Callable[[], Any]:
+        dcp.save({"model": get_model_state_dict(engine._model)}, checkpoint_id=path / "m")
+        saved = get_optimizer_state_dict(engine._model, optimizer)
+        dcp.save({"optimizer": saved}, checkpoint_id=path / "o")
+        return lambda: None
+
+    ways: dict[str, Callable[[Path], Callable[[], Any]]] = {
+        "bigtrain": lambda path: ours(path, wait=False),
+        "bigtrain, async_save: false": lambda path: ours(path, wait=True),
+        "dcp sync": by_dcp,
+        "dcp async, thread": lambda path: by_dcp(path, AsyncCheckpointerType.THREAD),
+        "dcp async, process": lambda path: by_dcp(path, AsyncCheckpointerType.PROCESS),
+        "accelerate, transformers (FSDP)": by_accelerate,
+    }
+    found = measure_saves(ways, world, folder, chosen.repeats)
+    loads: dict[str, Callable[[], Any]] = {
+        "bigtrain": lambda: load_ours(engine, folder / "bigtrain", world),
+        "dcp sync": lambda: dcp.load(state(), checkpoint_id=folder / "dcp sync"),
+    }
+    measure_loads(loads, found, chosen.repeats)
+    saver.close()
+    return found
+
+
+def measure_deepspeed(
+    world: RankInfo, chosen: Any, folder: Path
+) -> dict[str, dict[str, list[float]]]:
+    """DeepSpeed's own under ZeRO-2, and loading into it what bigtrain saved under FSDP2."""
+    engine = make_engine("zero2", world, chosen.parameters)
+
+    def save(path: Path) -> Callable[[], Any]:
+        engine._deepspeed.save_checkpoint(str(path))
+        return lambda: None
+
+    found = measure_saves({"DeepSpeed, ZeRO-2": save}, world, folder, chosen.repeats)
+    found["bigtrain, FSDP's into ZeRO-2"] = {}
+    loads: dict[str, Callable[[], Any]] = {
+        "DeepSpeed, ZeRO-2": lambda: engine._deepspeed.load_checkpoint(
+            str(folder / "DeepSpeed, ZeRO-2")
+        ),
+        "bigtrain, FSDP's into ZeRO-2": lambda: load_ours(engine, folder / "bigtrain", world),
+    }
+    measure_loads(loads, found, chosen.repeats)
+    return found
+
+
+def measure_saves(
+    ways: dict[str, Callable[[Path], Callable[[], Any]]],
+    world: RankInfo,
+    folder: Path,
+    repeats: int,
+) -> dict[str, dict[str, list[float]]]:
+    """Each way once per repeat; what it took."""
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"blocked": [], "done": [], "memory": []} for name in ways
+    }
+    for repeat in range(repeats + 1):
+        for name, save in ways.items():
+            path = folder / name
+            if world.is_main:
+                shutil.rmtree(path, ignore_errors=True)
+            os.sync()
+            gc.collect()
+            dist.barrier()
+            with PeakMemory() as memory:
+                begun = time.perf_counter()
+                finish = save(path)
+                blocked = slowest(time.perf_counter() - begun)
+                finish()
+                done = slowest(time.perf_counter() - begun)
+            if repeat:  # the first one is for warming up
+                found[name]["blocked"].append(blocked)
+                found[name]["done"].append(done)
+                found[name]["memory"].append(slowest(memory.grown / 1e6))
+    return found
+
+
+def measure_loads(
+    loads: dict[str, Callable[[], Any]], found: dict[str, dict[str, list[float]]], repeats: int
+) -> None:
+    """Add to `found` how long each takes."""
+    for _ in range(repeats):
+        for name, load in loads.items():
+            dist.barrier()
+            begun = time.perf_counter()
+            load()
+            found[name].setdefault("load", []).append(slowest(time.perf_counter() - begun))
+
+
+def load_ours(engine: Any, path: Path, world: RankInfo) -> None:
+    """Fill the engine."""
+    with open_checkpoint(path) as loaded:
+        restore(engine, loaded, world=world)
+
+
+def request(path: Path) -> SaveRequest:
+    """A save without anything of a trainer's."""
+    return SaveRequest(
+        target=path,
+        run_id="benchmark",
+        progress=Progress(step=1),
+        scheduler_state={"last_epoch": 1},
+        rng_state={"cpu": torch.random.get_rng_state()},
+        write_files=lambda staging: None,
+    )
+
+
+def slowest(value: float) -> float:
+    """The largest over all ranks."""
+    found = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return float(found)
+
+
+class PeakMemory:
+    """How much more memory this process took at most than before. What a way keeps from one save
+    to the next (bigtrain's and DCP's copies of the state) was taken when it was warmed up."""
+
+    def __enter__(self) -> PeakMemory:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        self._before, self.grown = psutil.Process().memory_info().rss, 0
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                self.grown = max(0, int(line.split()[1]) * 1024 - self._before)
+
+
+# ---- The model ----
+
+
+def make_engine(name: Any, world: RankInfo, millions: int) -> Any:
+    """An engine after one step, so that the optimizer has its state."""
+    engine: Any = build_engine(
+        EngineConfig(name=name, settings=settings(name, world)), world=world, device=CPU
+    )
+    config = llama(millions)
+    model = engine.construct(lambda: LlamaForCausalLM(config), lambda: skeleton(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    engine.prepare(model, optimizer)
+    tokens = torch.randint(0, 1000, (1, 8))
+    with engine.accumulating(last=True):
+        callable_ = engine._deepspeed if name.startswith("zero") else engine._model
+        engine.backward(callable_(input_ids=tokens).logits.float().mean())
+    engine.step(1.0)
+    engine.zero_grad()
+    return engine
+
+
+def llama(millions: int) -> LlamaConfig:
+    """The configuration with about so many million parameters."""
+    per_layer = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * 4 * HIDDEN
+    vocabulary = 32_000
+    layers = max(1, round((millions * 1e6 - 2 * vocabulary * HIDDEN) / per_layer))
+    return LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=4 * HIDDEN,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        vocab_size=vocabulary,
+    )
+
+
+def skeleton(config: LlamaConfig) -> LlamaForCausalLM:
+    """The same modules without memory."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def settings(name: Any, world: RankInfo) -> Any:
+    """What the engine is told."""
+    if name == "fsdp":
+        return FsdpSettings(shard_size=world.world_size)
+    return deepspeed.settings(
+        {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 1,
+            "max_grad_norm": 1.0,
+        },
+        stage=2,
+        topology=Topology(procs_per_node=world.world_size, shard_size=world.world_size),
+        compute="fp32",
+        options=EngineOptions(),
+        on_cpu=True,
+        hidden_size=HIDDEN,
+    )
+
+
+# ---- Ranks ----
+
+
+def run_ranks(phase: Callable[..., Any], chosen: Any, folder: Path) -> Any:
+    """Rank 0's answer. The ranks are forked, so that imports are paid once."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+    answer = folder / "answer"
+    pids = []
+    for rank in range(chosen.ranks):
+        if pid := os.fork():
+            pids.append(pid)
+            continue
+        try:
+            _run_rank(phase, chosen, folder, rank, port, answer)
+            os._exit(0)
+        except BaseException as fault:
+            print(f"rank {rank}: {fault!r}", file=sys.stderr, flush=True)
+            os._exit(1)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+    if any(codes):
+        raise SystemExit(f"{phase.__name__}: exit codes {codes}")
+    return pickle.loads(answer.read_bytes())
+
+
+def _run_rank(
+    phase: Callable[..., Any], chosen: Any, folder: Path, rank: int, port: int, answer: Path
+) -> None:
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(chosen.ranks),
+    }
+    torch.set_num_threads(1)
+    world = RankInfo(
+        rank=rank, local_rank=rank, world_size=chosen.ranks, local_world_size=chosen.ranks
+    )
+    process_group.join(world, device=CPU, timeout_s=600)
+    found = phase(world, chosen, folder)
+    if world.is_main:
+        answer.write_bytes(pickle.dumps(found))
+    dist.barrier()
+    process_group.leave()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,281 @@
+"""Whatever happens to a run or to its files: it goes on from the newest good step, exactly."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from bigtrain.errors import CheckpointError
+from bigtrain.topology import RankInfo
+from bigtrain.trainer.trainer import Trainer
+from tests.engine import harness
+from tests.trainer.samples import Sentences, losses, tiny_llama, trainer
+
+EVERY = 3
+STEPS = 9
+
+
+def run_of(folder: Path, **changed: Any) -> Trainer:
+    fields = {
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": EVERY,
+        "gradient_accumulation_steps": 1,
+    } | changed
+    return trainer(folder, data=Sentences(60), **fields)
+
+
+def resumed_from(run: Trainer) -> int:
+    return int(run._initial_global_step)
+
+
+def test_the_next_older_one_is_gone_on_from_whichever_file_has_a_flipped_bit(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_of(tmp_path / "whole")
+    whole.train()
+    newest = tmp_path / "whole" / f"checkpoint-{STEPS - EVERY}"
+    shutil.rmtree(tmp_path / "whole" / f"checkpoint-{STEPS}")
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(files) >= 10
+    for path in files:
+        content = path.read_bytes()
+        flipped = bytearray(content)
+        flipped[len(content) // 2] ^= 1
+        path.write_bytes(flipped)
+        rest = run_of(tmp_path / "whole", save_strategy="no")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            rest.train(resume_from_checkpoint=True)
+        assert resumed_from(rest) == EVERY, path
+        assert losses(rest) == losses(whole), path
+        assert f"{newest} is passed over" in caplog.text
+        path.write_bytes(content)
+    rest = run_of(tmp_path / "whole", save_strategy="no")
+    rest.train(resume_from_checkpoint=True)
+    assert resumed_from(rest) == STEPS - EVERY
+
+
+def spoil_a_large_file(checkpoint: Path) -> Path:
+    """In a block after the first, which nobody reads before it is loaded."""
+    path = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
+    assert path.stat().st_size > 5 << 20
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size - (1 << 20))
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    return path
+
+
+def train_large(
+    world: RankInfo, folder: Path, resume: bool | str, changed: dict[str, Any]
+) -> tuple[int, list[Any]]:
+    run = run_of(folder, model=tiny_llama(vocab_size=50_000), **changed)
+    run.train(resume_from_checkpoint=resume)
+    return resumed_from(run), losses(run)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_damage_that_only_loading_finds_falls_back_on_all_ranks_together(
+    tmp_path: Path, engine: str
+) -> None:
+    changed: dict[str, Any] = {"fsdp": "full_shard"} if engine == "fsdp" else {}
+    changed |= {"per_device_train_batch_size": 2}
+    _, whole = harness.run_ranks(2, train_large, tmp_path, False, changed)[0]
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    spoil_a_large_file(tmp_path / f"checkpoint-{STEPS - EVERY}")
+    changed |= {"save_strategy": "no"}
+    for step, found in harness.run_ranks(2, train_large, tmp_path, True, changed):
+        assert step == EVERY
+        assert found == whole
+    named = str(tmp_path / f"checkpoint-{STEPS - EVERY}")
+    with pytest.raises(AssertionError, match="are not those that were written"):
+        harness.run_ranks(2, train_large, tmp_path, named, changed)
+
+
+class OnSave(TrainerCallback):
+    """Notes what there was when a save was told."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, bool]] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / "manifest.json"
+        self.seen.append((state.global_step, path.is_file()))
+
+
+def told(world: RankInfo, folder: Path, changed: dict[str, Any]) -> list[tuple[int, bool]]:
+    callback = OnSave()
+    run_of(folder, callbacks=[callback], **changed).train()
+    return callback.seen
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("later", [True, False], ids=["background", "at once"])
+def test_callbacks_are_told_of_every_save_once_it_is_committed(
+    tmp_path: Path, world_size: int, later: bool
+) -> None:
+    changed = {"async_save": later, "fsdp": "full_shard"} if world_size > 1 else {}
+    for seen in harness.run_ranks(world_size, told, tmp_path, changed):
+        assert seen == [(3, True), (6, True), (9, True)]
+
+
+def test_an_override_finds_the_files_at_once(tmp_path: Path) -> None:
+    found: list[bool] = []
+
+    class Overriding(Trainer):
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            super()._save_checkpoint(model, trial)
+            path = tmp_path / f"checkpoint-{self.state.global_step}"
+            found.append((path / "manifest.json").is_file())
+
+    base = run_of(tmp_path)
+    run = Overriding(model=tiny_llama(), args=base.args, train_dataset=Sentences(60))
+    run.train()
+    assert found == [True, True, True]
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_save_that_fails_in_the_background_stops_or_is_said(
+    tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    class TakeAway(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == EVERY:
+                run._saver._writer._process.send_signal(signal.SIGSTOP)  # type: ignore[union-attr]
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == EVERY:
+                run._saver._writer._process.kill()  # type: ignore[union-attr]
+                run._saver._writer._process.wait()  # type: ignore[union-attr]
+
+    run = run_of(tmp_path, callbacks=[TakeAway()], on_save_failure=policy)
+    message = "the process that writes checkpoints was killed by SIGKILL"
+    if policy == "stop":
+        with pytest.raises(CheckpointError, match=message):
+            run.train()
+        assert run.state.global_step < 2 * EVERY
+        return
+    run.train()
+    assert message in caplog.text
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
+
+
+def test_a_new_optimizer_is_begun_when_asked(tmp_path: Path) -> None:
+    run_of(tmp_path, max_steps=EVERY).train()
+    rest = run_of(tmp_path, reset_optimizer=True, save_strategy="no")
+    rest.train(resume_from_checkpoint=True)
+    assert resumed_from(rest) == EVERY
+    steps = {float(state["step"]) for state in rest.optimizer.state.values()}  # type: ignore[union-attr]
+    assert steps == {float(STEPS - EVERY)}
+
+
+def global_order(world: RankInfo, folder: Path, changed: dict[str, Any]) -> list[int]:
+    data = Sentences(60)
+    run = trainer(
+        folder,
+        data=data,
+        save_strategy="steps",
+        save_steps=2,
+        gradient_accumulation_steps=1,
+        **changed,
+    )
+    run.train(resume_from_checkpoint=changed.get("resume_from_checkpoint"))
+    return data.loaded
+
+
+def test_another_number_of_ranks_neither_repeats_nor_skips_a_sample(tmp_path: Path) -> None:
+    changed: dict[str, Any] = {"num_train_epochs": 1, "max_steps": 2}
+    first = harness.run_ranks(
+        2, global_order, tmp_path, changed | {"per_device_train_batch_size": 6}
+    )
+    changed = {"num_train_epochs": 1, "resume_from_checkpoint": str(tmp_path / "checkpoint-2")}
+    for world_size in (1, 3):
+        size = 12 // world_size
+        rest = harness.run_ranks(
+            world_size,
+            global_order,
+            tmp_path / "rest",
+            changed | {"per_device_train_batch_size": size},
+        )
+        # DataLoaders fetch one batch ahead of the step that stops.
+        seen = [index for loaded in first for index in loaded[: 2 * 6]]
+        seen += [index for loaded in rest for index in loaded]
+        assert sorted(seen) == list(range(60)), world_size
+
+
+def test_another_batch_size_goes_on_at_the_same_sample(tmp_path: Path) -> None:
+    first = global_order(RankInfo(), tmp_path, {"max_steps": 4, "per_device_train_batch_size": 6})
+    changed = {"num_train_epochs": 1, "resume_from_checkpoint": str(tmp_path / "checkpoint-4")}
+    changed |= {"per_device_train_batch_size": 12, "max_steps": 4 + 36 // 12}
+    rest = global_order(RankInfo(), tmp_path / "r", changed)
+    assert sorted(first[:24] + rest) == list(range(60))
+
+
+def killed_at(
+    world_size: int,
+    train: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    after_s: float,
+    victims: int,
+) -> None:
+    """Ranks that are killed, `victims` of them by us and the others as a launcher would."""
+    port = harness._free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        pids = [
+            harness._fork(rank, world_size, port, Path(folder), train, arguments)
+            for rank in range(world_size)
+        ]
+        time.sleep(after_s)
+        for pid in random.sample(pids, victims) + pids:
+            os.kill(pid, signal.SIGKILL)
+        for pid in pids:
+            os.waitpid(pid, 0)
+
+
+def train_some(world: RankInfo, folder: Path, changed: dict[str, Any]) -> tuple[int, list[Any]]:
+    run = run_of(folder, **changed)
+    run.train(resume_from_checkpoint=any(folder.glob("checkpoint-*[0-9]")))
+    return resumed_from(run), losses(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_killed_at_any_time_a_run_goes_on_with_its_exact_losses(
+    tmp_path: Path, engine: str
+) -> None:
+    changed: dict[str, Any] = {
+        "ddp": {},
+        "fsdp": {"fsdp": "full_shard"},
+        "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    }[engine] | {"save_steps": 1, "save_total_limit": 3, "max_steps": 25}
+    started = time.monotonic()
+    _, whole = harness.run_ranks(2, train_some, tmp_path / "whole", changed)[0]
+    took = time.monotonic() - started
+    for attempt in range(34):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        killed_at(
+            2, train_some, (folder, changed), random.uniform(0.1, 1.1) * took, attempt % 2 + 1
+        )
+        steps = [int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]")]
+        committed = [s for s in steps if (folder / f"checkpoint-{s}" / "manifest.json").is_file()]
+        for step, found in harness.run_ranks(2, train_some, folder, changed):
+            # A writer may have committed another one meanwhile.
+            assert step >= max(committed, default=0)
+            assert found == whole, (attempt, step)
+        shutil.rmtree(folder)
+    torch.manual_seed(0)
