@@ -67,6 +67,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 16384,
         "tie_word_embeddings": True,
     },
+    "deep-52M": {
+        "model_type": "llama",
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 1024,
+    },
     "mixtral-70M": {
         "model_type": "mixtral",
         "hidden_size": 384,
@@ -117,31 +126,37 @@ class Outcome:
 
 
 CASES: tuple[Case, ...] = tuple(
-    Case(**values)
-    for values in (
-        {"model": m, "engine": e, "ranks": r, "dtype": d, "batch": b, "sequence": s, "recompute": c}
-        for m, e, r, d, b, s, c in (
-            ("llama-48M", "single", 1, "fp32", 4, 256, False),
-            ("llama-48M", "single", 1, "fp32", 4, 256, True),
-            ("llama-48M", "single", 1, "bf16", 2, 1024, False),
-            ("llama-48M", "single", 1, "bf16", 2, 1024, True),
-            ("qwen2-61M", "single", 1, "bf16", 8, 256, False),
-            ("mixtral-70M", "single", 1, "fp32", 2, 512, False),
-            ("llama-48M", "ddp", 2, "bf16", 2, 512, False),
-            ("qwen2-61M", "ddp", 2, "fp32", 1, 512, True),
-            ("llama-48M", "fsdp", 2, "bf16", 2, 512, False),
-            ("llama-48M", "fsdp", 2, "bf16", 4, 512, True),
-            ("llama-48M", "fsdp", 2, "fp32", 2, 256, False),
-            ("qwen2-61M", "fsdp", 2, "bf16", 1, 1024, True),
-            ("mixtral-70M", "fsdp", 2, "bf16", 2, 512, False),
-            ("llama-48M", "zero1", 2, "bf16", 2, 512, False),
-            ("llama-48M", "zero1", 2, "fp32", 2, 512, True),
-            ("qwen2-61M", "zero2", 2, "bf16", 2, 512, False),
-            ("llama-48M", "zero2", 2, "fp32", 2, 512, True),
-            ("llama-48M", "zero3", 2, "bf16", 2, 512, False),
-            ("qwen2-61M", "zero3", 2, "bf16", 2, 512, True),
-            ("mixtral-70M", "zero3", 2, "bf16", 2, 512, False),
-        )
+    Case(model=m, engine=e, ranks=r, dtype=d, batch=b, sequence=s, recompute=c, accumulation=a)
+    for m, e, r, d, b, s, c, a in (
+        ("llama-48M", "single", 1, "fp32", 4, 256, False, 1),
+        ("llama-48M", "single", 1, "fp32", 4, 256, True, 1),
+        ("llama-48M", "single", 1, "bf16", 2, 1024, False, 1),
+        ("llama-48M", "single", 1, "bf16", 2, 1024, True, 1),
+        ("qwen2-61M", "single", 1, "bf16", 8, 256, False, 1),
+        ("mixtral-70M", "single", 1, "fp32", 2, 512, False, 1),
+        ("deep-52M", "single", 1, "bf16", 4, 256, True, 1),
+        ("deep-52M", "single", 1, "fp32", 1, 256, False, 1),
+        ("llama-48M", "ddp", 2, "bf16", 2, 512, False, 1),
+        ("qwen2-61M", "ddp", 2, "fp32", 1, 512, True, 1),
+        ("llama-48M", "fsdp", 2, "bf16", 2, 512, False, 1),
+        ("llama-48M", "fsdp", 2, "bf16", 4, 512, True, 1),
+        ("llama-48M", "fsdp", 2, "fp32", 2, 256, False, 1),
+        ("qwen2-61M", "fsdp", 2, "bf16", 1, 1024, True, 1),
+        ("mixtral-70M", "fsdp", 2, "bf16", 2, 512, False, 1),
+        ("deep-52M", "fsdp", 2, "bf16", 1, 256, True, 1),
+        ("deep-52M", "fsdp", 3, "bf16", 2, 256, False, 1),
+        ("llama-48M", "zero1", 2, "bf16", 2, 512, False, 1),
+        ("llama-48M", "zero1", 2, "fp32", 2, 512, True, 1),
+        ("deep-52M", "zero1", 2, "bf16", 1, 256, True, 1),
+        ("deep-52M", "zero2", 2, "bf16", 1, 256, True, 1),
+        ("deep-52M", "zero3", 2, "bf16", 1, 256, True, 1),
+        ("qwen2-61M", "zero2", 2, "bf16", 2, 512, False, 1),
+        ("llama-48M", "zero2", 2, "fp32", 2, 512, True, 1),
+        ("llama-48M", "zero3", 2, "bf16", 2, 512, False, 1),
+        ("deep-52M", "fsdp", 2, "bf16", 1, 256, True, 2),
+        ("deep-52M", "zero2", 2, "bf16", 1, 256, True, 2),
+        ("qwen2-61M", "zero3", 2, "bf16", 2, 512, True, 1),
+        ("mixtral-70M", "zero3", 2, "bf16", 2, 512, False, 1),
     )
 )
 
@@ -169,7 +184,7 @@ def main() -> None:
 
 def run_case(case: Case, *, with_trace: bool) -> Outcome:
     """Measure one case, and predict it by formula and by trace."""
-    measured = list(_in_ranks(case))
+    measured = _in_ranks(case)
     request = _request(case)
     plan = estimate.estimate(request)
     assert plan is not None
@@ -397,6 +412,8 @@ def _row(outcome: Outcome) -> str:
         return f"{predicted / megabyte:,.0f} ({change:+.0f} %)"
 
     tokens = f"{case.batch}×{case.sequence}"
+    if case.accumulation > 1:
+        tokens += f", {case.accumulation} micro-batches"
     recompute = "yes" if case.recompute else "no"
     return (
         f"| {case.model} | {case.engine} × {case.ranks} | {case.dtype} | {tokens} | {recompute} | "

@@ -63,6 +63,14 @@ Env = Annotated[
     list[str] | None,
     typer.Option("--env", metavar="NAME=VALUE", help="A variable for the processes. Repeat."),
 ]
+DeepSpeedJson = Annotated[
+    str | None,
+    typer.Option("--deepspeed", metavar="FILE", help="A DeepSpeed JSON to follow."),
+]
+AccelerateConfig = Annotated[
+    str | None,
+    typer.Option("--accelerate-config", metavar="FILE", help="An accelerate config to follow."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -137,6 +145,8 @@ def launch(
             help="One import for all processes, or an interpreter each.",
         ),
     ] = None,
+    deepspeed: DeepSpeedJson = None,
+    accelerate_config: AccelerateConfig = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the commands; start nothing.")
     ] = False,
@@ -149,6 +159,7 @@ def launch(
         "output_dir": ("--output-dir", output_dir),
         "cluster.max_restarts": ("--max-restarts", max_restarts),
         "cluster.start": ("--start", start),
+        "training.deepspeed": ("--deepspeed", deepspeed),
     }
     with _faults_told(as_json=as_json):
         made = _make_plan(
@@ -156,10 +167,11 @@ def launch(
             script_args=script_args,
             overrides=_overrides(set_, env, flags),
             resume=resume,
+            accelerate_config=accelerate_config,
             is_rehearsal=False,
         )
         if dry_run:
-            _show(made, as_json=as_json, with_commands=True)
+            _show_dry_run(made, as_json=as_json)
             return
         exit_code = _start(made, as_json=as_json)
     raise typer.Exit(exit_code)
@@ -168,33 +180,65 @@ def launch(
 @app.command(
     epilog="\b\nExamples:\n"
     "  bigtrain plan configs/quickstart.yaml\n"
-    "  bigtrain plan run.yaml --nodes 4 --procs-per-node 8 --engine zero3 --json"
+    "  bigtrain plan run.yaml --nodes 4 --procs-per-node 8 --device-memory 80GiB --compare\n"
+    "  bigtrain plan run.yaml --diff runs/last-week"
 )
 def plan(
     target: Target,
     engine: Engine = None,
     nodes: Nodes = None,
     procs_per_node: ProcsPerNode = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--device-memory", metavar="SIZE", help="Plan for GPUs of this size, as 80GiB."
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Show the memory of all engines side by side.")
+    ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="Measure activations with the real model on fake tensors."),
+    ] = False,
+    diff: Annotated[
+        str | None,
+        typer.Option(
+            "--diff", metavar="OTHER", help="What differs from a run file, a plan or a past run."
+        ),
+    ] = None,
     set_: Set = None,
     output_dir: OutputDir = None,
+    deepspeed: DeepSpeedJson = None,
+    accelerate_config: AccelerateConfig = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would run, where each value comes from, and what becomes of every argument."""
+    """Show what would run, what it needs, and what becomes of every argument."""
+    from bigtrain import plan_command
+
     flags = {
         "engine.name": ("--engine", engine),
         "cluster.nodes": ("--nodes", nodes),
         "cluster.procs_per_node": ("--procs-per-node", procs_per_node),
         "output_dir": ("--output-dir", output_dir),
+        "training.deepspeed": ("--deepspeed", deepspeed),
     }
     with _faults_told(as_json=as_json):
-        made = _make_plan(
-            target,
-            script_args=None,
+        question = plan_command.Question(
+            target=target,
             overrides=_overrides(set_, None, flags),
-            resume=None,
-            is_rehearsal=True,
+            accelerate_config=accelerate_config,
+            device_memory=device_memory,
+            traces=trace,
+            environment=os.environ,
+            working_dir=Path.cwd(),
         )
-        _show(made, as_json=as_json, with_commands=False)
+        if diff is not None:
+            typer.echo(plan_command.diff(question, diff, as_json=as_json))
+        elif compare:
+            typer.echo(plan_command.compare(question, as_json=as_json))
+        else:
+            typer.echo(plan_command.show(question, as_json=as_json))
 
 
 @contextmanager
@@ -239,12 +283,17 @@ def _make_plan(
     script_args: list[str] | None,
     overrides: tuple[Override, ...],
     resume: str | None,
+    accelerate_config: str | None,
     is_rehearsal: bool,
 ) -> RunPlan:
     from bigtrain.planning import Request, Surroundings, make_plan
 
     request = Request(
-        target=target, script_args=tuple(script_args or ()), overrides=overrides, resume=resume
+        target=target,
+        script_args=tuple(script_args or ()),
+        overrides=overrides,
+        resume=resume,
+        accelerate_config=accelerate_config,
     )
     surroundings = Surroundings(
         environment=os.environ, working_dir=Path.cwd(), is_rehearsal=is_rehearsal
@@ -252,18 +301,16 @@ def _make_plan(
     return make_plan(request, surroundings)
 
 
-def _show(plan: RunPlan, *, as_json: bool, with_commands: bool) -> None:
+def _show_dry_run(plan: RunPlan, *, as_json: bool) -> None:
     from bigtrain.cluster import local
     from bigtrain.plan_report import report
 
-    commands = local.describe(plan) if with_commands else []
+    commands = local.describe(plan)
     if as_json:
         shown = json.loads(plan.to_json())
-        typer.echo(json.dumps(shown | ({"commands": commands} if commands else {}), indent=2))
+        typer.echo(json.dumps(shown | {"commands": commands}, indent=2))
         return
-    typer.echo(report(plan))
-    if commands:
-        typer.echo("\n".join(("", "Commands", *(f"  {line}" for line in commands))))
+    typer.echo("\n".join((report(plan), "", "Commands", *(f"  {line}" for line in commands))))
 
 
 def _start(plan: RunPlan, *, as_json: bool) -> int:

@@ -109,12 +109,41 @@ class Layers:
             self.origins.setdefault(".".join(path[:length]), origin)
 
 
-def lay(file: RunFile | None, overrides: Sequence[Override], *, label: str) -> Layers:
-    """The file's values with `overrides` on top; of two for the same key the last one wins."""
+def lay(
+    file: RunFile | None,
+    overrides: Sequence[Override],
+    *,
+    label: str,
+    foreign: Sequence[Override] = (),
+) -> Layers:
+    """The file's values with `overrides` on top; of two for the same key the last one wins.
+
+    `foreign` values come from another tool's config. They fill what nothing else says; where the
+    file says another value, that is a fault, unless an override settles it.
+    """
     layers = Layers.of_file(file) if file is not None else Layers(label=label)
+    settled = {override.key for override in overrides}
+    for value in foreign:
+        if value.key not in settled:
+            _fill(layers, value)
     for override in overrides:
         layers.put(override)
     return layers
+
+
+def _fill(layers: Layers, value: Override) -> None:
+    path = tuple(value.key.split("."))
+    said: Any = layers.values
+    for key in path:
+        said = said.get(key) if isinstance(said, Mapping) else None
+    if said is None:
+        layers.put(value)
+    elif said != value.value:
+        layers.fault(
+            path,
+            f"{said!r}, but {value.origin} says {value.value!r}; leave one out, or settle it by "
+            f"--set {value.key}=…",
+        )
 
 
 def _leaves(path: KeyPath, value: Any) -> Iterator[str]:

@@ -45,19 +45,21 @@ class ModelFactory:
     trust_remote_code: bool
     attn_implementation: str | None
     seed: int
+    lora: Mapping[str, Any] | None = None
+    """Low-rank adapters to train in place of the model's own weights."""
 
     def __call__(self) -> PreTrainedModel:
-        if self.pretrained is not None:
-            return self._load(self.pretrained)
         # The global generator is left as it was, so that the trainer's own seeding counts.
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return self._from_config()
+            model = self._load(self.pretrained) if self.pretrained else self._from_config()
+            return add_adapters(model, self.lora) if self.lora else model
 
     def skeleton(self) -> PreTrainedModel:
         """The same modules on the meta device: names, shapes and dtypes, but no storage."""
         with torch.device("meta"):
-            return self._from_config()
+            model = self._from_config()
+            return add_adapters(model, self.lora) if self.lora else model
 
     def _load(self, place: str) -> PreTrainedModel:
         try:
@@ -86,6 +88,25 @@ class ModelFactory:
         if self.attn_implementation is None:
             return {}
         return {"attn_implementation": self.attn_implementation}
+
+
+def add_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
+    """The model with peft's LoRA around it: itself frozen, its adapters trained."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ConfigError("model.lora needs peft; pip install peft") from error
+    config = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=list(lora["target_modules"]),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(f"model.lora: {_gist(error)}") from error
 
 
 def load_tokenizer(
@@ -136,6 +157,7 @@ def model_factory(
         trust_remote_code=bool(section.get("trust_remote_code")),
         attn_implementation=section.get("attn_implementation"),
         seed=seed,
+        lora=section.get("lora"),
     )
 
 

@@ -7,21 +7,25 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bigtrain import memory_report
 from bigtrain.plan import RunPlan
+from bigtrain.planning.forecast import Forecast
 from bigtrain.translate.config import DeepSpeedSettings
 
 _LONGEST_VALUE = 60
 
 
-def report(plan: RunPlan) -> str:
-    """The plan for people: processes, values with their origins, the engine, and every fate."""
+def report(plan: RunPlan, forecast: Forecast | None = None) -> str:
+    """The plan for people: processes, values with their origins, the engine, memory and disk as
+    far as they are forecast, and every fate."""
     blocks: list[tuple[str, list[tuple[str, ...]]]] = [
         ("Run", _run_rows(plan)),
+        *(memory_report.blocks(forecast) if forecast else ()),
         ("Values", _value_rows(plan)),
         ("Engine", _engine_rows(plan)),
         ("Arguments", [(fate.argument, fate.fate, fate.detail) for fate in plan.fates]),
     ]
-    return "\n\n".join(f"{title}\n{_table(rows)}" for title, rows in blocks if rows)
+    return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in blocks if rows)
 
 
 def _run_rows(plan: RunPlan) -> list[tuple[str, ...]]:
@@ -76,13 +80,13 @@ def _value_rows(plan: RunPlan) -> list[tuple[str, ...]]:
         },
     }
     return [
-        (key, _short(value), _origin(plan, key))
+        (key, short(value), origin(plan, key))
         for name, section in sections.items()
-        for key, value in _leaves(name, section)
+        for key, value in leaves(name, section)
     ]
 
 
-def _origin(plan: RunPlan, key: str) -> str:
+def origin(plan: RunPlan, key: str) -> str:
     """Where a value was said: at its own key, or as part of what is around it."""
     while key:
         if key in plan.origins and "." in key:
@@ -103,23 +107,25 @@ def _engine_rows(plan: RunPlan) -> list[tuple[str, ...]]:
         if isinstance(engine.settings, DeepSpeedSettings)
         else dataclasses.asdict(engine.settings)
     )
-    return rows + [(key, _short(value)) for key, value in _leaves("", settings)]
+    return rows + [(key, short(value)) for key, value in leaves("", settings)]
 
 
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of everything in a tree of mappings."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _leaves(f"{prefix}.{key}" if prefix else key, inner)
+            yield from leaves(f"{prefix}.{key}" if prefix else key, inner)
     else:
         yield prefix, value
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value on one line, cut where it is long."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 1] + "…"
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def table(rows: list[tuple[str, ...]]) -> str:
     """Rows in columns, the last of them ragged."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     padded = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)

@@ -37,6 +37,19 @@ _SECTIONS: Mapping[str, type[Section]] = {
 }
 _REQUIRED = ("model", "data")
 _TOP_LEVEL: Mapping[str, type[Any]] = {"name": str, "output_dir": str, "global_batch_size": int}
+_TOLD_OF_SCRIPTS = frozenset(
+    {
+        "bf16",
+        "fp16",
+        "use_cpu",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "max_grad_norm",
+    }
+)
 _KNOWN = (*_TOP_LEVEL, *_SECTIONS, "training")
 _S = TypeVar("_S", bound=Section)
 
@@ -69,19 +82,27 @@ class ScriptConfig:
     """Where the plan and the logs go; the script's own output goes where the script says."""
     engine: EngineSection
     cluster: ClusterSection
+    training: Mapping[str, Any]
+    """What another tool's engine config says: precision, clipping, recomputation, the config."""
     origins: Mapping[str, str]
 
 
 def load_run_config(
-    path: Path, *, label: str | None = None, overrides: Sequence[Override] = ()
+    path: Path,
+    *,
+    label: str | None = None,
+    overrides: Sequence[Override] = (),
+    foreign: Sequence[Override] = (),
 ) -> RunConfig:
     """The run that the file at `path` describes, with `overrides` on top.
+
+    `foreign` is what another tool's config says; it may not contradict the file.
 
     `label` is the file's name in messages and origins, by default its path. Raises ConfigError
     with every fault, each as `file:line: section.key: what; the fix`.
     """
     label = label or str(path)
-    layers = lay(read_run_file(path, label=label), overrides, label=label)
+    layers = lay(read_run_file(path, label=label), overrides, label=label, foreign=foreign)
     _refuse_unknown(layers)
     top = _top_level(layers)
     training = _training(layers, top)
@@ -111,12 +132,22 @@ def load_run_config(
     )
 
 
-def load_script_config(overrides: Sequence[Override]) -> ScriptConfig:
-    """The engine and cluster that flags and `--set` ask for, for a user's own script."""
-    layers = lay(None, overrides, label="the command line")
+def load_script_config(
+    overrides: Sequence[Override], *, foreign: Sequence[Override] = ()
+) -> ScriptConfig:
+    """The engine and cluster that flags and `--set` ask for, for a user's own script.
+
+    Of `training`, a script takes only what chooses and fills the engine; the rest it sets itself.
+    """
+    layers = lay(None, overrides, label="the command line", foreign=foreign)
     for key in layers.values:
-        if key not in ("engine", "cluster", "name", "output_dir"):
+        if key not in ("engine", "cluster", "name", "output_dir", "training"):
             layers.fault((key,), "a script sets this itself: give it to the script, after --")
+    training = _training(layers, {})
+    for key in training:
+        if key not in _TOLD_OF_SCRIPTS:
+            path = ("training", key)
+            layers.fault(path, "a script sets this itself: give it to the script, after --")
     top = _top_level(layers)
     engine = _section(layers, "engine", EngineSection)
     cluster = _cluster(layers)
@@ -127,6 +158,7 @@ def load_script_config(overrides: Sequence[Override]) -> ScriptConfig:
         output_dir=top.get("output_dir"),
         engine=engine,
         cluster=cluster,
+        training=training,
         origins=layers.origins,
     )
 

@@ -42,6 +42,15 @@ class Section(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
+class LoraSection(Section):
+    """Low-rank adapters (peft's LoRA): the model is frozen, and only they are trained."""
+
+    rank: Count = 16
+    alpha: Annotated[int, Field(ge=1)] = 32
+    dropout: float = 0.0
+    target_modules: Texts = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
 class ModelSection(Section):
     """Weights to start from (`name`), or an architecture to start from scratch (`config`)."""
 
@@ -51,6 +60,7 @@ class ModelSection(Section):
     config: dict[str, Any] | None = None
     dtype: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     attn_implementation: str | None = None
+    lora: LoraSection | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSection:
@@ -60,6 +70,8 @@ class ModelSection(Section):
             raise ValueError("config needs model_type, for example model_type: llama")
         if self.revision is not None and self.name is None:
             raise ValueError("revision belongs to name; a config from scratch has none")
+        if self.lora is not None and self.name is None:
+            raise ValueError("lora adapts weights that are there: give name, not config")
         return self
 
 
@@ -103,7 +115,7 @@ class DataSection(Section):
 
 
 class EngineSection(Section):
-    """How the model is spread over the processes. `auto`: single for one process, else fsdp."""
+    """How the model is spread over the processes. `auto`: the fastest engine that fits."""
 
     name: Literal["auto", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "auto"
     shard: Count | None = None
@@ -111,15 +123,20 @@ class EngineSection(Section):
     reshard_after_forward: Truth | None = None
     cpu_offload: Truth | None = None
     wrap_classes: Texts | None = None
+    forward_prefetch: Count | None = None
+    reduce_each_micro_batch: Truth | None = None
+    reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    offload_parameters: Literal["cpu", "nvme"] | None = None
+    nvme_path: str | None = None
+    secondary_shard: Count | None = None
+    quantized_weights: Truth | None = None
+    quantized_gradients: Truth | None = None
 
     def options(self) -> EngineOptions:
-        return EngineOptions(
-            shard=self.shard,
-            master_dtype=self.master_dtype,
-            reshard_after_forward=self.reshard_after_forward,
-            cpu_offload=self.cpu_offload,
-            wrap_classes=None if self.wrap_classes is None else tuple(self.wrap_classes),
-        )
+        said = self.model_dump(exclude={"name", "wrap_classes"})
+        classes = None if self.wrap_classes is None else tuple(self.wrap_classes)
+        return EngineOptions(**said, wrap_classes=classes)
 
 
 class ClusterSection(Section):

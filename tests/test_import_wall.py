@@ -20,6 +20,13 @@ _LEFT = (
     "run_config.py",
     "plan.py",
     "plan_report.py",
+    "plan_command.py",
+    "plan_diff.py",
+    "memory_report.py",
+    # All of memory but `answers` and `live_bytes`, which run in processes that have torch.
+    "memory/__init__.py",
+    "memory/a[cd]*.py",
+    "memory/[b-km-z]*.py",
     "cli.py",
     "share.py",
     "console.py",

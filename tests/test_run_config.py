@@ -243,9 +243,9 @@ def test_a_script_takes_engine_and_cluster_alone() -> None:
     assert (config.engine.name, config.name) == ("ddp", "mine")
 
     with pytest.raises(ConfigError) as raised:
-        load_script_config([parse_assignment("training.bf16=true")])
+        load_script_config([parse_assignment("training.learning_rate=1")])
     assert str(raised.value) == (
-        "--set: training: a script sets this itself: give it to the script, after --"
+        "--set: training.learning_rate: a script sets this itself: give it to the script, after --"
     )
 
 

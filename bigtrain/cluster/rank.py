@@ -7,6 +7,7 @@ own `__main__`, arguments, module path, signals, threads, exit code and exit han
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
@@ -19,7 +20,7 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType, TracebackType
 
-from bigtrain.cluster import events, failure
+from bigtrain.cluster import accelerate_on_cpu, events, failure
 from bigtrain.errors import BigtrainError
 
 _RUN_FILE_MODULE = "bigtrain.worker"
@@ -137,6 +138,7 @@ def _run_main_program(job: RankJob) -> None:
 
 
 def _run_script(job: RankJob) -> None:
+    accelerate_on_cpu.install(os.environ)
     sys.argv[:] = [job.source, *job.script_args]
     sys.orig_argv[:] = [sys.executable, *sys.argv]
     module = ModuleType("__main__")
@@ -146,7 +148,24 @@ def _run_script(job: RankJob) -> None:
     _install_main(module)
     with io.open_code(job.source) as file:
         code = compile(file.read(), job.source, "exec", dont_inherit=True)
-    exec(code, module.__dict__)
+    atexit.register(_leave_process_group)  # before the program's own handlers, so that it runs last
+    try:
+        exec(code, module.__dict__)
+    except SystemExit as end:
+        if end.code:
+            atexit.unregister(_leave_process_group)
+        raise
+    except BaseException:
+        # A group whose other members may be waiting is not left in good order.
+        atexit.unregister(_leave_process_group)
+        raise
+
+
+def _leave_process_group() -> None:
+    """Many scripts never do: gloo's threads then abort a process that has ended well."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _install_main(module: ModuleType) -> None:

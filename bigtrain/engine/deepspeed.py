@@ -21,7 +21,7 @@ from bigtrain.engine.state import load_groups, named_parameters, optimized_names
 from bigtrain.engine.zero_state import ZeroState
 from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.topology import RankInfo
-from bigtrain.translate.config import DeepSpeedSettings, EngineConfig
+from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, uses_nvme
 
 
 class DeepSpeedEngine:
@@ -35,6 +35,11 @@ class DeepSpeedEngine:
         if config.compute_dtype == "fp16" and device.type == "cpu":
             raise UnsupportedError(
                 f"engine {config.name}: DeepSpeed has no fp16 on a CPU; use bf16, or engine fsdp"
+            )
+        if uses_nvme(config):
+            raise UnsupportedError(
+                f"engine {config.name}: state that DeepSpeed keeps on NVMe can't be saved here; "
+                "offload to cpu"
             )
         self.name: str = config.name
         self.device = device
@@ -168,7 +173,9 @@ class DeepSpeedEngine:
         compute = precision.torch_dtype(self._config.compute_dtype)
         if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             rank_zero.check_same(model)
-            spreader = rank_zero.Spreader(self.device)
+            # DeepSpeed itself turns a model into bf16 or fp16, and never into fp32.
+            master = compute if compute is torch.float32 else None
+            spreader = rank_zero.Spreader(self.device, master_dtype=master)
             if self._settings.zero_stage < 3:
                 spreader.fill(model)
             else:

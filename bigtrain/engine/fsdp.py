@@ -72,7 +72,7 @@ class FsdpEngine(TorchEngine):
     def accumulating(self, *, last: bool) -> Iterator[None]:
         if self._root is None:
             raise RuntimeError("engine fsdp holds no model; call prepare first")
-        self._root.set_requires_gradient_sync(last)
+        self._root.set_requires_gradient_sync(last or self._settings.reduce_each_micro_batch)
         self._root.set_is_last_backward(last)
         yield
 
@@ -128,9 +128,19 @@ class FsdpEngine(TorchEngine):
                 # The root's parameters are the first that the backward pass needs again.
                 reshard_after_forward=self._settings.reshard_after_forward and unit is not model,
             )
+        self._prefetch(model)
         # Without a backward pass nothing would cut the root again, and a later update would be
         # missing from what it kept gathered.
         model.register_forward_hook(_reshard_after_evaluation)
+
+    def _prefetch(self, model: nn.Module) -> None:
+        """Let each layer start to gather the next ones before it computes."""
+        ahead = self._settings.forward_prefetch
+        layers: list[FSDPModule] = [
+            unit for unit in model.modules() if isinstance(unit, FSDPModule) and unit is not model
+        ]
+        for index, layer in enumerate(layers if ahead else ()):
+            layer.set_modules_to_forward_prefetch(layers[index + 1 : index + 1 + ahead])
 
     def _units(self) -> list[FSDPModule]:
         if self._model is None:

@@ -68,6 +68,10 @@ class FormulaActivations:
         return self.each.fixed
 
     @property
+    def logits(self) -> int:
+        return self.each.logits
+
+    @property
     def head(self) -> int:
         each = self.each
         # Autocast keeps its copies of weights until the forward pass is left; by then there are

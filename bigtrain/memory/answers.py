@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations import moe
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigtrain.memory.live_bytes import LiveBytes
@@ -74,14 +75,17 @@ def _trace(question: Mapping[str, Any]) -> dict[str, Any]:
     options = {}
     if question.get("attn_implementation"):
         options["attn_implementation"] = question["attn_implementation"]
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with torch.device("meta"):
         model = _make_model({**question, "dtype": question["weights_dtype"]}, **options)
-        model.config.use_cache = False
-        if question["recompute"]:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        _freeze(model, question.get("trained_pattern"))
+        model = _adapted(model, question.get("lora"))
+    model.config.use_cache = False
+    if question["recompute"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compute is not torch.bfloat16:
+        # The kernel for experts knows bf16 alone on fake tensors; its stand-in keeps the same.
+        moe._can_use_grouped_mm = lambda *_: False
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _make_fake(model)
         autocast = question["autocast"]
         context = torch.autocast("cpu", dtype=compute) if autocast else nullcontext()
         meter = _Meter(model)
@@ -94,11 +98,28 @@ def _trace(question: Mapping[str, Any]) -> dict[str, Any]:
     return {"head": meter.peaks[-1], "layers": meter.peaks[:-1], "fixed": 2 * ids.nbytes}
 
 
-def _freeze(model: nn.Module, trained: str | None) -> None:
-    if trained is not None:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trained in name)
-        model.enable_input_require_grads()  # type: ignore[operator]
+def _adapted(model: Any, lora: Mapping[str, Any] | None) -> Any:
+    if not lora:
+        return model
+    from bigtrain.model_section import add_adapters
+
+    return add_adapters(model, lora)
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Give every parameter and buffer a fake tensor on the CPU in place of its meta tensor."""
+    made: dict[int, Any] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                fake = torch.empty(parameter.shape, dtype=parameter.dtype)
+                made[id(parameter)] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+            module._parameters[name] = made[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
 class _Meter(LiveBytes):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from bigtrain.memory.activations import (
@@ -15,9 +15,9 @@ from bigtrain.memory.activations import (
 from bigtrain.memory.optimizers import optimizer_shape
 from bigtrain.memory.shapes import BYTES, ModelShapes
 from bigtrain.memory.state import Placement, StateBytes, state_bytes
-from bigtrain.memory.timeline import Moment, Step, moments
+from bigtrain.memory.timeline import Moment, Step, is_offloaded, moments
 from bigtrain.topology import Topology
-from bigtrain.translate.config import EngineConfig
+from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, FsdpSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +65,15 @@ class MemoryPlan:
     """Bytes on rank 0, which holds as much as any other."""
 
     state: StateBytes
+    """On the device; what is offloaded is not in it."""
     moments: tuple[Moment, ...]
     method: Literal["formula", "trace"]
+    activations: int
+    """Of one micro-batch, when its loss is known; without the logits."""
+    logits: int
+    """Logits with their gradients, at their largest; with `trace` they are in `activations`."""
+    host: int = 0
+    """Offloaded state in the host's memory (or on NVMe)."""
 
     @property
     def lasting(self) -> int:
@@ -110,7 +117,8 @@ def plan_with(
 ) -> MemoryPlan:
     """The memory of a step whose activations are known."""
     place = request.placement()
-    state = state_bytes(request.shapes, place)
+    whole = state_bytes(request.shapes, place)
+    state = _on_device(whole, request)
     step = Step(
         shapes=request.shapes,
         place=place,
@@ -119,4 +127,28 @@ def plan_with(
         accumulation=request.accumulation,
         on_gpu=request.device == "cuda",
     )
-    return MemoryPlan(state=state, moments=tuple(moments(step)), method=method)
+    logits = getattr(activations, "logits", 0)
+    return MemoryPlan(
+        state=state,
+        moments=tuple(moments(step)),
+        method=method,
+        activations=activations.head - logits,
+        logits=logits,
+        host=whole.total - state.total,
+    )
+
+
+def _on_device(state: StateBytes, request: Request) -> StateBytes:
+    """Without what the engine offloads; on a CPU there is nowhere else to put it."""
+    settings = request.config.settings
+    if request.device == "cpu":
+        return state
+    if isinstance(settings, FsdpSettings) and settings.cpu_offload:
+        return replace(state, weights=0, gradients=0, optimizer=0)
+    if isinstance(settings, DeepSpeedSettings):
+        zero = settings.json["zero_optimization"]
+        if is_offloaded(zero, "offload_optimizer"):
+            state = replace(state, masters=0, optimizer=0, gradients=0)
+        if is_offloaded(zero, "offload_param"):
+            state = replace(state, weights=0)
+    return state

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from bigtrain.memory.activations import ActivationTimeline
 from bigtrain.memory.shapes import ModelShapes, elements
@@ -19,6 +20,8 @@ from bigtrain.translate.config import (
     FsdpSettings,
     SingleSettings,
 )
+
+LOSS, UPDATE = "loss", "update"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,15 @@ class Step:
         """Elements of the matrix that makes the logits, or embeds the tokens."""
         return max((parameter.numel for parameter in self.shapes.units[0]), default=0)
 
+    @property
+    def tied(self) -> int:
+        """Elements of the embedding, where it makes the logits too; else 0.
+
+        Its two gradients and their sum are there at once, at the end of the backward pass.
+        """
+        largest = [p for p in self.shapes.units[0] if p.numel == self.head]
+        return self.head if len(largest) == 1 else 0
+
     def trained(self, numel: int) -> int:
         """As much of `numel` as is trained, on average over the model."""
         return numel * self.shapes.trained_numel // max(1, self.shapes.numel)
@@ -78,152 +90,140 @@ def moments(step: Step) -> Iterator[Moment]:
     yield from rhythm(step)
 
 
-def _whole(step: Step, *, buckets: int = 0) -> Iterator[Moment]:
+def _whole(step: Step) -> Iterator[Moment]:
     """`single` and `ddp`: gradients appear whole, one layer after the other, and stay."""
     width, full = step.place.master_bytes, step.state.gradients
     before = full if step.accumulation > 1 else 0
-    grown = width * step.trained(step.head)
-    yield Moment(name="loss", activations=step.activations.head, gradients=before, communication=0)
-    count = len(step.layers)
-    for done in (1, *((count,) if count > 1 else ())):
+    yield Moment(name=LOSS, activations=step.activations.head, gradients=before, communication=0)
+    for done, name, activations in _backward(step):
         grown = min(full, width * step.trained(step.head + done * step.layer))
         yield Moment(
-            name=_layer_name(done, count),
-            activations=step.activations.in_layer(count - done),
-            gradients=max(before, grown),
-            communication=0,
+            name=name, activations=activations, gradients=max(before, grown), communication=0
         )
-    yield Moment(
-        name="update",
-        activations=0,
-        gradients=full,
-        communication=_update_temporaries(step),
-    )
-
-
-def _layer_name(done: int, count: int) -> str:
-    return f"backward pass of layer {count - done + 1} of {count}"
-
-
-def _update_temporaries(step: Step) -> int:
-    return 0
+    yield _end(step, gradients=full + 2 * width * step.trained(step.tied))
+    yield Moment(name=UPDATE, activations=0, gradients=full, communication=0)
 
 
 def _fsdp(step: Step) -> Iterator[Moment]:
+    """Layers are gathered two at a time, and their gradients reduced one behind the other.
+
+    The root's own parameters stay gathered from the first use to the last. Without a sync between
+    micro-batches, gradients accumulate whole in the reduce precision.
+    """
     settings = step.place.config.settings
     assert isinstance(settings, FsdpSettings)
-    place, count, ranks = step.place, len(step.layers), settings.shard_size
+    place, sharded = step.place, step.state.gradients
     compute, reduce = place.compute_bytes, place.reduce_bytes
-    gathered_root = compute * step.root
-    if settings.reshard_after_forward:
-        gathered = gathered_root + 2 * compute * step.layer
-    else:
+    root = compute * step.root
+    ahead = 1 + settings.forward_prefetch
+    gathered = root + compute * step.layer * ahead
+    if not settings.reshard_after_forward:
         gathered = compute * step.shapes.numel
-    accumulated = reduce * step.shapes.trained_numel if step.accumulation > 1 else 0
-    sharded = step.state.gradients
-    layer, root = step.trained(step.layer), step.trained(step.root)
-    head = compute * step.trained(step.head)
+    accumulates = step.accumulation > 1 and not settings.reduce_each_micro_batch
+    whole = reduce * step.shapes.trained_numel if accumulates else 0
+    layer = step.trained(step.layer)
     yield Moment(
-        name="loss",
-        activations=step.activations.head,
-        gradients=accumulated,
-        communication=gathered if ranks else 0,
+        name=LOSS, activations=step.activations.head, gradients=whole, communication=gathered
     )
-    for done in (1, *((count,) if count > 1 else ())):
-        shards = sharded * done // max(1, count)
+    for done, name, activations in _backward(step):
+        shards = sharded * (done - 1) // max(1, len(step.layers))
         yield Moment(
-            name=_layer_name(done, count),
-            activations=step.activations.in_layer(count - done),
-            gradients=head + compute * layer + shards + accumulated,
-            communication=gathered + (reduce * layer if done > 1 else 0),
+            name=name,
+            activations=activations,
+            gradients=compute * (step.trained(step.head) + layer) + shards + whole,
+            communication=max(gathered, root + 2 * compute * step.layer)
+            + (reduce * layer if done > 1 else 0),
         )
-    yield Moment(
-        name="end of the backward pass",
-        activations=step.activations.fixed,
-        gradients=compute * root + sharded,
-        communication=gathered_root + reduce * (root + layer),
+    yield _end(
+        step,
+        gradients=compute * step.trained(step.root + 2 * step.tied) + sharded,
+        communication=root + reduce * step.trained(step.root) + reduce * layer,
     )
-    yield Moment(name="update", activations=0, gradients=sharded, communication=0)
+    yield Moment(name=UPDATE, activations=0, gradients=sharded, communication=0)
+
+
+def _zero12(step: Step, zero: Mapping[str, Any]) -> Iterator[Moment]:
+    """Stage 2 keeps its part of the gradients; stage 1 all of them until the update."""
+    place, trained = step.place, step.shapes.trained_numel
+    compute, ranks = place.compute_bytes, place.topology.world_size
+    own = 0 if is_offloaded(zero, "offload_optimizer") and step.on_gpu else 4 * trained // ranks
+    keeps_all = zero["stage"] == 1
+    is_bf16_optimizer = keeps_all and place.config.compute_dtype == "bf16" and own > 0
+    lasting = 4 * trained if is_bf16_optimizer else 0
+    bucket = place.reduce_bytes * min(zero["reduce_bucket_size"], trained)
+    communication = 0 if is_bf16_optimizer else bucket * (2 if zero["overlap_comm"] else 1)
+    before = own if step.accumulation > 1 and not is_bf16_optimizer else 0
+    yield Moment(
+        name=LOSS,
+        activations=step.activations.head,
+        gradients=lasting + before,
+        communication=communication,
+    )
+    for done, name, activations in _backward(step):
+        kept = compute * step.trained(step.head + done * step.layer)
+        part = own * done // len(step.layers) + compute * step.trained(step.layer)
+        yield Moment(
+            name=name,
+            activations=activations,
+            gradients=lasting + before + (kept if keeps_all else part),
+            communication=communication,
+        )
+    full = compute * trained if keeps_all else own + compute * step.trained(step.head)
+    yield _end(step, gradients=lasting + before + full, communication=communication)
+    yield Moment(name=UPDATE, activations=0, gradients=lasting + own, communication=own)
+
+
+def _zero3(step: Step, zero: Mapping[str, Any]) -> Iterator[Moment]:
+    """Gathered weights stay as long as they will be used again within `max_reuse_distance`, up to
+    `max_live_parameters`: all of a small model's do."""
+    place, gradients = step.place, step.state.gradients
+    compute = place.compute_bytes
+    live = min(step.shapes.numel, zero["stage3_max_live_parameters"] + step.layer)
+    gathered = compute * live if place.topology.world_size > 1 else 0
+    layer = compute * step.trained(step.layer)
+    yield Moment(
+        name=LOSS, activations=step.activations.head, gradients=gradients, communication=gathered
+    )
+    for _, name, activations in _backward(step):
+        yield Moment(
+            name=name,
+            activations=activations,
+            gradients=gradients + layer,
+            communication=gathered,
+        )
+    head = compute * step.trained(step.head)
+    yield _end(step, gradients=gradients + head, communication=gathered)
+    yield Moment(name=UPDATE, activations=0, gradients=gradients, communication=0)
 
 
 def _deepspeed(step: Step) -> Iterator[Moment]:
     settings = step.place.config.settings
     assert isinstance(settings, DeepSpeedSettings)
-    rhythm = {1: _zero1, 2: _zero2, 3: _zero3}[settings.zero_stage]
+    rhythm = _zero3 if settings.zero_stage == 3 else _zero12
     yield from rhythm(step, settings.json["zero_optimization"])
 
 
-def _zero1(step: Step, zero: Mapping[str, int]) -> Iterator[Moment]:
-    yield from _zero12(step, zero, keeps_all=True)
+def _backward(step: Step) -> Iterator[tuple[int, str, int]]:
+    """Layers done with (this one among them), its name, and the activations in it: the last layer
+    and the first, between which everything grows or falls evenly."""
+    count = len(step.layers)
+    for done in dict.fromkeys((1, count)) if count else ():
+        name = f"backward pass of layer {count - done + 1} of {count}"
+        yield done, name, step.activations.in_layer(count - done)
 
 
-def _zero2(step: Step, zero: Mapping[str, int]) -> Iterator[Moment]:
-    yield from _zero12(step, zero, keeps_all=False)
-
-
-def _zero12(step: Step, zero: Mapping[str, int], *, keeps_all: bool) -> Iterator[Moment]:
-    place, count = step.place, len(step.layers)
-    compute = place.compute_bytes
-    trained = step.shapes.trained_numel
-    is_bf16_optimizer = keeps_all and place.config.compute_dtype == "bf16"
-    lasting = 4 * trained if is_bf16_optimizer else 0
-    bucket = (
-        0
-        if is_bf16_optimizer
-        else place.reduce_bytes
-        * min(zero["reduce_bucket_size"], trained)
-        * (2 if step.on_gpu else 1)
-    )
-    own = trained * 4 // place.topology.world_size
-    full = compute * trained if keeps_all else own
-    yield Moment(
-        name="loss", activations=step.activations.head, gradients=lasting, communication=bucket
-    )
-    for done in (1, *((count,) if count > 1 else ())):
-        numel = step.trained(step.head + done * step.layer)
-        grown = (
-            compute * numel
-            if keeps_all
-            else compute * step.trained(step.layer) + own * done // count
-        )
-        yield Moment(
-            name=_layer_name(done, count),
-            activations=step.activations.in_layer(count - done),
-            gradients=lasting + grown,
-            communication=bucket,
-        )
-    yield Moment(
+def _end(step: Step, *, gradients: int, communication: int = 0) -> Moment:
+    return Moment(
         name="end of the backward pass",
         activations=step.activations.fixed,
-        gradients=lasting + full,
-        communication=bucket,
+        gradients=gradients,
+        communication=communication,
     )
-    yield Moment(name="update", activations=0, gradients=lasting + own, communication=own)
 
 
-def _zero3(step: Step, zero: Mapping[str, int]) -> Iterator[Moment]:
-    place, count = step.place, len(step.layers)
-    compute, numel = place.compute_bytes, step.shapes.numel
-    live = min(numel, zero["stage3_max_live_parameters"] + step.layer)
-    gathered = compute * live if place.topology.world_size > 1 else 0
-    grads = step.state.gradients
-    yield Moment(
-        name="loss", activations=step.activations.head, gradients=grads, communication=gathered
-    )
-    for done in (1, *((count,) if count > 1 else ())):
-        yield Moment(
-            name=_layer_name(done, count),
-            activations=step.activations.in_layer(count - done),
-            gradients=grads + compute * step.trained(step.layer),
-            communication=gathered,
-        )
-    yield Moment(
-        name="end of the backward pass",
-        activations=step.activations.fixed,
-        gradients=grads + compute * step.trained(step.head),
-        communication=gathered,
-    )
-    yield Moment(name="update", activations=0, gradients=grads, communication=0)
+def is_offloaded(zero: Mapping[str, Any], part: str) -> bool:
+    """Whether DeepSpeed's `zero_optimization` sends this part to the host or to NVMe."""
+    return bool((zero.get(part) or {}).get("device", "none") != "none")
 
 
 _RHYTHMS: Mapping[type, Callable[[Step], Iterator[Moment]]] = {

@@ -22,13 +22,10 @@ class TracedActivations:
         return self.layers[min(remaining, len(self.layers) - 1)]
 
 
-def traced_estimate(
-    request: Request, model: Mapping[str, Any], *, asker: Asker, trained_pattern: str | None = None
-) -> MemoryPlan:
+def traced_estimate(request: Request, model: Mapping[str, Any], *, asker: Asker) -> MemoryPlan:
     """As `estimate`, with the activations of the real model. It takes seconds.
 
-    `model` says what to build: `config`, or `name` and `revision`; `attn_implementation`.
-    `trained_pattern` is part of the names of what is trained; None: everything.
+    `model` says what to build: `config`, or `name` and `revision`; `attn_implementation`, `lora`.
     """
     batch = request.batch()
     answer = asker.ask(
@@ -41,7 +38,6 @@ def traced_estimate(
             "recompute": request.recompute,
             "sequences": batch.sequences,
             "sequence_length": batch.sequence_length,
-            "trained_pattern": trained_pattern,
         }
     )
     activations = TracedActivations(

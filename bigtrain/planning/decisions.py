@@ -19,18 +19,20 @@ from bigtrain.cluster import threads
 from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.layers import Override
 from bigtrain.plan import RunPlan
-from bigtrain.planning import preloading
+from bigtrain.planning import automatic, preloading
 from bigtrain.planning.batch_size import Accumulation, accumulation
+from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.model_shape import ModelShape, read_shape
 from bigtrain.planning.output_dir import check_output_dir, next_attempt
 from bigtrain.planning.processes import Processes, choose_processes
-from bigtrain.planning.script_source import read_script
-from bigtrain.run_config import RunConfig, load_run_config, load_script_config
+from bigtrain.planning.script_source import ScriptFacts, read_script
+from bigtrain.run_config import RunConfig, ScriptConfig, load_run_config, load_script_config
+from bigtrain.run_file import read_run_file
 from bigtrain.sections import ClusterSection
 from bigtrain.share import bundled
 from bigtrain.topology import RankInfo
-from bigtrain.translate import foreign, translate
-from bigtrain.translate.config import ArgumentFate, Translation
+from bigtrain.translate import accelerate_config, accelerate_environment, foreign, translate
+from bigtrain.translate.config import ArgumentFate, Translation, uses_nvme
 
 _RUN_FILES = (".yaml", ".yml")
 
@@ -47,6 +49,8 @@ class Request:
     resume: str | None = None
     """`auto`, `never`, or a checkpoint's path. None: as the run file says, else auto; for a
     script, as its own call of `train` says."""
+    accelerate_config: str | None = None
+    """Path of a config file of accelerate's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +63,8 @@ class Surroundings:
     """The place that another launcher gave this process; None where bigtrain launches."""
     is_rehearsal: bool = False
     """True where nothing will start here: this machine's limits and output_dir don't count."""
+    device_memory: int | None = None
+    """Bytes of each rank's GPU, where it was said; the run is then one on GPUs."""
 
 
 def make_plan(request: Request, surroundings: Surroundings) -> RunPlan:
@@ -91,8 +97,52 @@ def _find_target(name: str, working_dir: Path) -> Path:
 
 def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -> RunPlan:
     config = load_run_config(
-        target, label=_as_shown(target, surroundings), overrides=request.overrides
+        target,
+        label=_as_shown(target, surroundings),
+        overrides=request.overrides,
+        foreign=_foreign(request, surroundings),
     )
+    config = _filled(config)
+    plan = plan_of(config, target, request, surroundings)
+    if config.engine.name == "auto" and foreign.asked_engine(config.training) is None:
+        plan = automatic.refine(
+            plan,
+            config,
+            plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
+            environment=surroundings.environment,
+            device_memory=surroundings.device_memory,
+        )
+    if not surroundings.is_rehearsal:
+        check_output_dir(plan)
+        _refuse_nvme(plan)
+    return plan
+
+
+def compare_engines(
+    request: Request, surroundings: Surroundings
+) -> list[tuple[Candidate, RunPlan | None, str]]:
+    """A run file's plan on every engine, or why there is none."""
+    target = _find_target(request.target, surroundings.working_dir)
+    if target.suffix not in _RUN_FILES:
+        raise ConfigError(f"{request.target} is a script, whose model is its own; give a run file")
+    config = _filled(
+        load_run_config(
+            target,
+            label=_as_shown(target, surroundings),
+            overrides=request.overrides,
+            foreign=_foreign(request, surroundings),
+        )
+    )
+    plan = plan_of(config, target, request, surroundings)
+    return automatic.side_by_side(
+        plan, config, plan_with=lambda chosen: plan_of(chosen, target, request, surroundings)
+    )
+
+
+def plan_of(
+    config: RunConfig, target: Path, request: Request, surroundings: Surroundings
+) -> RunPlan:
+    """The plan of a whole config. Nothing outside of it is asked but the machine."""
     processes = choose_processes(
         config.engine,
         config.cluster,
@@ -101,12 +151,13 @@ def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -
         asked_by_arguments=foreign.asked_engine(config.training),
         world=surroundings.world,
         is_rehearsal=surroundings.is_rehearsal,
+        assumes_gpus=surroundings.device_memory is not None,
         origins=config.origins,
     )
     shape = read_shape(config.model, surroundings.working_dir)
     training, translation = _translated(config, processes, shape)
     derived = {f"training.{name}": "derived" for name in training if name not in config.training}
-    plan = RunPlan(
+    return RunPlan(
         name=config.name,
         kind="run_file",
         engine=translation.engine,
@@ -117,30 +168,70 @@ def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -
         training=training,
         resume=_resume(request.resume, config.training, surroundings.working_dir),
         preload=preloading.for_run_file(processes.engine, shape.model_type, training),
-        origins={**config.origins, **processes.origins, **derived},
+        origins={**derived, **config.origins, **processes.origins},
         **_place(target, config.output_dir, surroundings),
         **_launching(processes, config.cluster, fresh_reason=""),
     )
-    if not surroundings.is_rehearsal:
-        check_output_dir(plan)
-    return plan
+
+
+def _foreign(request: Request, surroundings: Surroundings) -> list[Override]:
+    """What accelerate's config file says, in a run file's keys."""
+    if request.accelerate_config is None:
+        return []
+    path = surroundings.working_dir / Path(request.accelerate_config).expanduser()
+    file = read_run_file(path, label=request.accelerate_config)
+    if file.faults:
+        raise ConfigError(file.faults)
+    return accelerate_config.overrides(file.values, label=request.accelerate_config)
+
+
+def _filled(config: RunConfig) -> RunConfig:
+    """With what a given DeepSpeed JSON says where the run file says nothing."""
+    found = foreign.implied(config.training)
+    if not found:
+        return config
+    place = config.origins.get("training.deepspeed", "training.deepspeed")
+    origins = {f"training.{field}": f"{place}: {key}" for field, (_, key) in found.items()}
+    values = {field: value for field, (value, _) in found.items()}
+    return dataclasses.replace(
+        config,
+        training={**config.training, **values},
+        origins={**config.origins, **origins},
+    )
+
+
+def _refuse_nvme(plan: RunPlan) -> None:
+    """State that DeepSpeed keeps on NVMe can't be saved by the engine; its own checkpoints can."""
+    if uses_nvme(plan.engine):
+        raise UnsupportedError(
+            "engine: offload to nvme works for scripts with transformers' Trainer, whose "
+            "checkpoints are DeepSpeed's own; for a run file, offload to cpu"
+        )
 
 
 def _plan_script(target: Path, request: Request, surroundings: Surroundings) -> RunPlan:
-    config = load_script_config(request.overrides)
+    config = load_script_config(request.overrides, foreign=_foreign(request, surroundings))
+    filled = {field: value for field, (value, _) in foreign.implied(config.training).items()}
+    training = {**config.training, **filled}
     facts = read_script(target)
+    if facts.uses_bigtrain and training:
+        raise ConfigError(
+            f"{target.name} uses bigtrain's Trainer, whose arguments say "
+            f"{', '.join(sorted(training))}: give it to the script, after --"
+        )
     processes = choose_processes(
         config.engine,
         config.cluster,
         environment=surroundings.environment,
-        use_cpu=False,
-        asked_by_arguments=None,
+        use_cpu=bool(training.get("use_cpu")),
+        asked_by_arguments=foreign.asked_engine(training),
         world=surroundings.world,
         is_rehearsal=surroundings.is_rehearsal,
+        assumes_gpus=surroundings.device_memory is not None,
         origins=config.origins,
     )
     translation = translate(
-        {},
+        training,
         engine=processes.engine,
         topology=processes.topology,
         device=processes.device,
@@ -148,17 +239,37 @@ def _plan_script(target: Path, request: Request, surroundings: Surroundings) -> 
         origins=config.origins,
     )
     name = config.name or target.stem
+    launching = _script_launching(processes, config, facts, translation, training)
+    told = {f"cluster.env.{variable}": "for accelerate" for variable in launching["environment"]}
     return RunPlan(
         name=name,
         kind="script",
         script_args=request.script_args,
         engine=translation.engine,
+        training=training,
         resume=_resume(request.resume or "script", {}, surroundings.working_dir),
         preload=preloading.for_script(processes.engine, facts.preload),
-        origins={**config.origins, **processes.origins},
+        origins={**told, **config.origins, **processes.origins},
         **_place(target, config.output_dir or f"runs/{name}", surroundings),
-        **_launching(processes, config.cluster, fresh_reason=facts.fresh_reason),
+        **launching,
     )
+
+
+def _script_launching(
+    processes: Processes,
+    config: ScriptConfig,
+    facts: ScriptFacts,
+    translation: Translation,
+    training: Mapping[str, Any],
+) -> dict[str, Any]:
+    """As `_launching`, with what accelerate reads where the script is not bigtrain's own kind."""
+    fields = _launching(processes, config.cluster, fresh_reason=facts.fresh_reason)
+    if not facts.uses_bigtrain:
+        told = accelerate_environment.variables(
+            translation.engine, device=processes.device, training=training
+        )
+        fields["environment"] = {**told, **fields["environment"]}
+    return fields
 
 
 def _place(target: Path, output_dir: str, surroundings: Surroundings) -> dict[str, Any]:

@@ -37,15 +37,17 @@ def choose_processes(
     world: RankInfo | None,
     is_rehearsal: bool,
     origins: Mapping[str, str],
+    assumes_gpus: bool = False,
 ) -> Processes:
     """The processes that the sections ask for, or that this machine suggests.
 
+    `assumes_gpus`: plan for GPUs, though this machine may have none.
     `world` is the place that another launcher gave this process: then its numbers hold.
     Raises ConfigError where this machine can't carry them, unless it is a rehearsal.
     """
     gpus = 0 if use_cpu else count_gpus({**environment, **cluster.environment()})
     nodes, procs, said = _numbers(cluster, gpus, world, origins)
-    device: Device = "cuda" if gpus else "cpu"
+    device: Device = "cuda" if gpus or (assumes_gpus and not use_cpu) else "cpu"
     if not is_rehearsal and world is None:
         _check_machine(procs, gpus=gpus, origin=origins.get("cluster.procs_per_node"))
     name, why = _engine(engine, asked_by_arguments, nodes * procs)

@@ -56,11 +56,14 @@ class ScriptFacts:
     """Modules that its top imports and that one process may import for all ranks."""
     fresh_reason: str = ""
     """Why forking would change what it does; empty where it would not."""
+    uses_bigtrain: bool = False
+    """True where it imports bigtrain, whose Trainer reads the plan itself."""
 
 
 def read_script(path: Path) -> ScriptFacts:
     """The facts about the script at `path`. ConfigError where it is not Python."""
     module = _parse(path)
+    own = _imports_bigtrain(module)
     preload: dict[str, None] = {}
     reason = _shadowing(path.parent)
     for statement in _top_level(module.body):
@@ -69,10 +72,24 @@ def read_script(path: Path) -> ScriptFacts:
             reason = reason or _local_disturbance(statement, path, depth=1)
             wanted = list(_preloadable(statement))
             if reason and wanted:
-                return ScriptFacts(preload=(), fresh_reason=reason)
+                return ScriptFacts(preload=(), fresh_reason=reason, uses_bigtrain=own)
             preload.update(dict.fromkeys(wanted))
     # What disturbs nothing that is preloaded (nothing at all, or only after the last import).
-    return ScriptFacts(preload=tuple(preload))
+    return ScriptFacts(preload=tuple(preload), uses_bigtrain=own)
+
+
+def _imports_bigtrain(module: ast.Module) -> bool:
+    """Anywhere in the script, functions too."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names = [node.module or ""]
+        else:
+            continue
+        if any(name.partition(".")[0] == "bigtrain" for name in names):
+            return True
+    return False
 
 
 def _parse(path: Path) -> ast.Module:

@@ -12,7 +12,7 @@ from bigtrain.plan import RunPlan
 from bigtrain.topology import RankInfo
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.translate import foreign, translation
-from bigtrain.translate.config import EngineConfig, EngineName
+from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, EngineName
 
 
 def engine_config(
@@ -70,6 +70,28 @@ def _asked(values: Mapping[str, Any], ranks: RankInfo) -> EngineName:
 
 def _precision_and_values(planned: EngineConfig, translated: EngineConfig) -> dict[str, Any]:
     changed: dict[str, Any] = {"compute_dtype": translated.compute_dtype}
-    if dataclasses.is_dataclass(planned.settings) and hasattr(planned.settings, "json"):
-        changed["settings"] = translated.settings
+    if isinstance(planned.settings, DeepSpeedSettings):
+        assert isinstance(translated.settings, DeepSpeedSettings)
+        changed["settings"] = _with_options(translated.settings, planned.settings)
     return changed
+
+
+# What was asked of the engine by the launcher, and what TrainingArguments have no word for.
+_ZERO_OPTIONS = (
+    "offload_optimizer",
+    "offload_param",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+)
+
+
+def _with_options(values: DeepSpeedSettings, planned: DeepSpeedSettings) -> DeepSpeedSettings:
+    """The script's values, with the launcher's options."""
+    zero = planned.json["zero_optimization"]
+    options = {key: zero[key] for key in _ZERO_OPTIONS if key in zero}
+    own = {"communication_data_type": planned.json["communication_data_type"]}
+    if "aio" in planned.json:
+        own["aio"] = planned.json["aio"]
+    section = {**values.json["zero_optimization"], **options}
+    return dataclasses.replace(values, json={**values.json, **own, "zero_optimization": section})

@@ -21,6 +21,18 @@ class EngineOptions:
     reshard_after_forward: bool | None = None
     cpu_offload: bool | None = None
     wrap_classes: tuple[str, ...] | None = None
+    forward_prefetch: int | None = None
+    """Layers that FSDP gathers ahead of the one that computes."""
+    reduce_each_micro_batch: bool | None = None
+    """FSDP: reduce gradients after every micro-batch, so that no rank ever holds them whole."""
+    reduce_dtype: DTypeName | None = None
+    offload_optimizer: Literal["cpu", "nvme"] | None = None
+    offload_parameters: Literal["cpu", "nvme"] | None = None
+    nvme_path: str | None = None
+    secondary_shard: int | None = None
+    """ZeRO++ hpZ: ranks that together keep a second copy of the weights, to gather from."""
+    quantized_weights: bool | None = None
+    quantized_gradients: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +60,8 @@ class FsdpSettings:
     cpu_offload: bool = False
     wrap_classes: tuple[str, ...] = ()
     """Class names of the modules that are sharded one by one; empty: found from the model."""
+    forward_prefetch: int = 0
+    reduce_each_micro_batch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +86,15 @@ class EngineConfig:
     """Precision in which trained parameters are kept between steps."""
     reduce_dtype: DTypeName = "fp32"
     """Precision in which gradients are reduced over ranks and accumulated."""
+
+
+def uses_nvme(config: EngineConfig) -> bool:
+    """True where DeepSpeed keeps a part of the state on NVMe."""
+    if not isinstance(config.settings, DeepSpeedSettings):
+        return False
+    zero = config.settings.json["zero_optimization"]
+    parts = (zero.get("offload_optimizer"), zero.get("offload_param"))
+    return any((part or {}).get("device") == "nvme" for part in parts)
 
 
 @dataclass(frozen=True, kw_only=True)

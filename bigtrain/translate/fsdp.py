@@ -14,4 +14,6 @@ def settings(options: EngineOptions, topology: Topology) -> FsdpSettings:
         reshard_after_forward=True if reshard is None else reshard,
         cpu_offload=bool(options.cpu_offload),
         wrap_classes=options.wrap_classes or (),
+        forward_prefetch=options.forward_prefetch or 0,
+        reduce_each_micro_batch=bool(options.reduce_each_micro_batch),
     )

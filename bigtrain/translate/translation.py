@@ -64,6 +64,15 @@ _SETTINGS: Mapping[EngineName, Callable[[_Request], EngineSettings]] = {
 }
 _ON_DEEPSPEED = frozenset({"zero1", "zero2", "zero3"})
 _SHARDED = _ON_DEEPSPEED | {"fsdp"}
+_SHARDING_OPTIONS = (
+    "shard",
+    "cpu_offload",
+    "reshard_after_forward",
+    "wrap_classes",
+    "forward_prefetch",
+    "reduce_each_micro_batch",
+    "reduce_dtype",
+)
 _NEED_THE_WHOLE_MODEL = ("bf16_full_eval", "fp16_full_eval", "jit_mode_eval", "torch_compile")
 
 
@@ -111,11 +120,16 @@ def translate(
     found = tuple(_faults(request, engine, schema))
     if found:
         raise UnsupportedError(_with_origins(found, origins or {}))
+    ours = _SETTINGS[engine](request)
+    open_ = tuple((f"training.{name}", why) for name, why in foreign.unresolved(ours, values))
+    if open_:
+        raise UnsupportedError(_with_origins(open_, origins or {}))
     config = EngineConfig(
         name=engine,
-        settings=foreign.overlay(_SETTINGS[engine](request), values),
+        settings=foreign.overlay(ours, values),
         compute_dtype=request.compute,
         master_dtype=options.master_dtype or "fp32",
+        reduce_dtype=options.reduce_dtype or "fp32",
     )
     return Translation(engine=config, fates=_fates(config, schema))
 
@@ -142,12 +156,19 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         for why in single.faults(topology):
             yield "engine.name", why
     if engine in _ON_DEEPSPEED:
-        for key, why in deepspeed.faults(options, topology):
+        stage = int(engine[-1])
+        for key, why in deepspeed.faults(options, topology, stage=stage, on_cpu=request.on_cpu):
             yield f"engine.{key}", why
+    if options.cpu_offload and request.on_cpu and engine == "fsdp":
+        yield "engine.cpu_offload", "a CPU has nowhere to offload to; leave it out"
     if engine not in _SHARDED:
-        for key in ("shard", "cpu_offload", "reshard_after_forward", "wrap_classes"):
+        for key in _SHARDING_OPTIONS:
             if getattr(options, key) is not None:
                 yield f"engine.{key}", f"{engine} does not shard; leave it out, or use engine fsdp"
+    if engine not in _ON_DEEPSPEED:
+        for key in deepspeed.ZERO_ONLY:
+            if getattr(options, key) is not None:
+                yield f"engine.{key}", f"{engine} has no such option; leave it out, or use zero3"
 
 
 def _fault_of_shape(request: _Request, engine: EngineName) -> Iterator[tuple[str, str]]:

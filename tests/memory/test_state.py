@@ -69,15 +69,11 @@ def engine_config(name: EngineName, dtype: str, ranks: int) -> EngineConfig:
     ).engine
 
 
-def _cases(dtype: str) -> list[str]:
-    return [key for key in MODELS if dtype == "bf16" or key != "bf16 weights"]
-
-
 def _measure_all(world: RankInfo, engines: list[EngineName]) -> Measured:
     found: Measured = {}
     for name in engines:
         for dtype in ("fp32", "bf16"):
-            for key in _cases(dtype):
+            for key in MODELS:
                 config = engine_config(name, dtype, world.world_size)
                 engine, model, numel = train_to_gradients(
                     world, config, lambda k=key: make_model(k)

@@ -61,7 +61,8 @@ def test_a_plan_holds_what_the_run_file_said_and_what_follows(folder: Path) -> N
     assert plan.output_dir == str(folder / "runs/quick")
     assert (plan.topology.world_size, plan.device) == (2, "cpu")
     assert plan.training == {"per_device_train_batch_size": 4}
-    assert plan.origins["engine.name"] == "auto: 2 processes"
+    assert plan.engine.name == "ddp"
+    assert plan.origins["engine.name"].startswith("auto: the fastest that fits, 3.8 GiB of ")
     assert plan.origins["training.per_device_train_batch_size"] == "quick.yaml:6"
     assert plan.threads_per_rank == threads.per_rank(2)
     assert RunPlan.from_json(plan.to_json()) == plan
@@ -71,7 +72,8 @@ def test_a_plan_holds_what_the_run_file_said_and_what_follows(folder: Path) -> N
     ("assignments", "engine"),
     [
         ((), "single"),
-        (("cluster.procs_per_node=2",), "fsdp"),
+        (("cluster.procs_per_node=2",), "ddp"),
+        (("cluster.procs_per_node=2", "model=nowhere/there"), "fsdp"),
         (("cluster.procs_per_node=2", "training.fsdp=full_shard"), "fsdp"),
         (("training.deepspeed={zero_optimization: {stage: 2}}",), "zero2"),
         (("engine=ddp",), "ddp"),
@@ -269,3 +271,80 @@ def test_resuming_from_a_directory_that_holds_no_checkpoint_is_refused(folder: P
     assert str(folder / "empty") in str(raised.value)
     assert not isinstance(raised.value, ConfigError)
     assert raised.value.exit_code == 4
+
+
+_ACCELERATE = """\
+distributed_type: DEEPSPEED
+num_processes: 2
+mixed_precision: bf16
+deepspeed_config: {zero_stage: 2, gradient_clipping: 0.7, gradient_accumulation_steps: 2}
+"""
+
+
+def _with_accelerate(folder: Path, run: str, *assignments: str) -> RunPlan:
+    (folder / "acc.yaml").write_text(_ACCELERATE)
+    (folder / "run.yaml").write_text(run)
+    request = Request(
+        target="run.yaml",
+        overrides=tuple(parse_assignment(text) for text in assignments),
+        accelerate_config="acc.yaml",
+    )
+    return make_plan(
+        request, Surroundings(environment={"CUDA_VISIBLE_DEVICES": ""}, working_dir=folder)
+    )
+
+
+def test_an_accelerate_config_fills_what_the_run_file_leaves_open(folder: Path) -> None:
+    plan = _with_accelerate(folder, RUN)
+
+    assert (plan.engine.name, plan.engine.compute_dtype) == ("zero2", "bf16")
+    assert plan.training["max_grad_norm"] == 0.7
+    assert plan.origins["training.max_grad_norm"] == "acc.yaml: deepspeed_config.gradient_clipping"
+
+
+def test_an_accelerate_config_that_contradicts_the_run_file_is_told_all_at_once(
+    folder: Path,
+) -> None:
+    run = RUN + "  max_grad_norm: 1.0\nengine: fsdp\n"
+
+    with pytest.raises(ConfigError) as raised:
+        _with_accelerate(folder, run)
+
+    assert set(raised.value.faults) == {
+        "run.yaml:7: training.max_grad_norm: 1.0, but acc.yaml: deepspeed_config.gradient_clipping "
+        "says 0.7; leave one out, or settle it by --set training.max_grad_norm=…",
+        "run.yaml:8: engine.name: 'fsdp', but acc.yaml: deepspeed_config.zero_stage says 'zero2'; "
+        "leave one out, or settle it by --set engine.name=…",
+    }
+    settled = ("engine.name=zero2", "training.max_grad_norm=0.7")
+    assert _with_accelerate(folder, run, *settled).engine.name == "zero2"
+
+
+def test_a_deepspeed_json_fills_arguments_and_says_from_where(folder: Path) -> None:
+    (folder / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.3})
+    )
+    plan = _make(folder, f"training.deepspeed={folder}/ds.json")
+
+    assert plan.engine.name == "zero3"
+    assert plan.training["max_grad_norm"] == 0.3
+    assert plan.origins["training.max_grad_norm"] == "--set: gradient_clipping"
+
+
+def test_nvme_is_for_scripts_of_others(folder: Path) -> None:
+    assignments = ("engine.name=zero3", "engine.offload_optimizer=nvme", "engine.nvme_path=/local")
+
+    assert "offload to nvme works for scripts" in _fault(folder, *assignments)
+    (folder / "train.py").write_text("from transformers import Trainer\n")
+    plan = _make(folder, *assignments, target="train.py")
+    assert plan.environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == "nvme"
+    assert plan.environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH"] == "/local"
+
+
+def test_what_a_script_with_bigtrain_s_trainer_says_itself_is_refused(folder: Path) -> None:
+    (folder / "own.py").write_text("def main():\n    from bigtrain import Trainer\n")
+
+    assert _fault(folder, "training.bf16=true", target="own.py") == (
+        "own.py uses bigtrain's Trainer, whose arguments say bf16: give it to the script, after --"
+    )
+    assert _make(folder, target="own.py").environment == {}

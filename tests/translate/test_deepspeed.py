@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bigtrain.errors import UnsupportedError
 from bigtrain.translate import topology_for, translate
 from bigtrain.translate.config import DeepSpeedSettings, EngineName, EngineOptions
 
@@ -70,6 +72,16 @@ def test_zero3_golden() -> None:
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,
+            "zero_hpz_partition_size": 1,
+            "zero_quantized_weights": False,
+            "zero_quantized_gradients": False,
+        },
+        "activation_checkpointing": {
+            "partition_activations": False,
+            "contiguous_memory_optimization": False,
+            "cpu_checkpointing": False,
+            "synchronize_checkpoint_boundary": False,
+            "profile": False,
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
@@ -100,6 +112,7 @@ _PARSED_AT = {
     "bf16": "bfloat16_config",
     "fp16": "float16_config",
     "zero_optimization": "zero_config",
+    "activation_checkpointing": "activation_checkpointing_config",
     "communication_data_type": "communication_data_type",
     "data_types.grad_accum_dtype": "grad_accum_dtype",
 }
@@ -120,7 +133,13 @@ def _parsed(config: Any, path: str) -> Any:
     section, _, key = path.rpartition(".")
     if not section:
         return getattr(config, key)
-    model = getattr(config, _PARSED_AT[section])
+    if section == "aio":
+        return config.aio_config[key]
+    outer, _, inner = section.partition(".")
+    model = getattr(config, _PARSED_AT[outer])
+    model = getattr(model, inner) if inner else model
+    if not hasattr(type(model), "model_fields"):
+        return getattr(model, key)
     fields = type(model).model_fields
     name = next((name for name, field in fields.items() if field.alias == key), key)
     if name not in fields:
@@ -142,6 +161,7 @@ def _misunderstood(json: dict[str, Any]) -> list[str]:
         except (AttributeError, KeyError):
             wrong.append(path)
             continue
+        parsed = str(parsed) if isinstance(parsed, Path) else parsed
         if dtypes.get(parsed, parsed) != value:
             wrong.append(path)
     return wrong
@@ -169,6 +189,94 @@ def test_deepspeed_parses_every_leaf_as_it_was_meant(engine: EngineName) -> None
     assert _misunderstood(_json(engine, options=masters)) == []
     fp16 = {"fp16": True, "per_device_train_batch_size": 2}
     assert _misunderstood(_json(engine, values=fp16, device="cuda")) == []
+    reduce = EngineOptions(reduce_dtype="bf16")
+    assert _misunderstood(_json(engine, options=reduce)) == []
+    offload = EngineOptions(offload_optimizer="cpu")
+    assert _misunderstood(_json(engine, options=offload, device="cuda")) == []
+
+
+def test_deepspeed_parses_every_leaf_of_offload_and_zero_plus_plus() -> None:
+    nvme = EngineOptions(
+        offload_optimizer="nvme", offload_parameters="nvme", nvme_path="/local/swap"
+    )
+    plus = EngineOptions(
+        offload_parameters="cpu",
+        secondary_shard=2,
+        quantized_weights=True,
+        quantized_gradients=True,
+    )
+    for options in (nvme, plus):
+        json = _json(options=options, device="cuda")
+        assert _misunderstood(json) == []
+        json["activation_checkpointing"] = {"partition_activation": False}
+        assert _misunderstood(json) == ["activation_checkpointing.partition_activation"]
+
+
+def test_offload_golden() -> None:
+    options = EngineOptions(
+        offload_optimizer="cpu", offload_parameters="nvme", nvme_path="/local/swap"
+    )
+
+    json = _json(options=options, device="cuda")
+
+    assert json["zero_optimization"]["offload_optimizer"] == {
+        "device": "cpu",
+        "pin_memory": True,
+        "buffer_count": 4,
+        "fast_init": False,
+        "pipeline_read": False,
+        "pipeline_write": False,
+        "ratio": 1.0,
+    }
+    assert json["zero_optimization"]["offload_param"] == {
+        "device": "nvme",
+        "nvme_path": "/local/swap",
+        "pin_memory": True,
+        "buffer_count": 5,
+        "buffer_size": 100_000_000,
+        "max_in_cpu": 1_000_000_000,
+    }
+    assert json["aio"]["block_size"] == 1_048_576
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "fault"),
+    [
+        (
+            "zero2",
+            EngineOptions(offload_parameters="cpu"),
+            "engine.offload_parameters: ZeRO-2 does not cut the weights; leave it out, or use "
+            "engine zero3",
+        ),
+        (
+            "zero3",
+            EngineOptions(offload_optimizer="nvme"),
+            "engine.nvme_path: missing; offload to nvme needs a directory on a local disk",
+        ),
+        (
+            "zero3",
+            EngineOptions(secondary_shard=3),
+            "engine.secondary_shard: 3 does not divide the 2 ranks",
+        ),
+        (
+            "zero3",
+            EngineOptions(quantized_weights=True),
+            "engine.quantized_weights: DeepSpeed's quantizer needs a GPU; leave it out",
+        ),
+        (
+            "fsdp",
+            EngineOptions(offload_optimizer="cpu"),
+            "engine.offload_optimizer: fsdp has no such option; leave it out, or use zero3",
+        ),
+    ],
+)
+def test_options_that_an_engine_lacks_are_refused(
+    engine: EngineName, options: EngineOptions, fault: str
+) -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        _json(engine, options=options)
+
+    assert raised.value.faults == (fault,)
 
 
 def test_a_misspelt_key_is_noticed() -> None:

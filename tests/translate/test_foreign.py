@@ -17,12 +17,13 @@ from bigtrain.translate.config import (
     EngineOptions,
     FsdpSettings,
 )
-from bigtrain.translate.foreign import asked_engine
+from bigtrain.translate.foreign import asked_engine, implied
 
 
 def _config(values: dict[str, Any], engine: EngineName, **more: Any) -> EngineConfig:
     topology = topology_for(engine, procs_per_node=2)
-    return translate(values, engine=engine, topology=topology, device="cpu", **more).engine
+    device = more.pop("device", "cpu")
+    return translate(values, engine=engine, topology=topology, device=device, **more).engine
 
 
 def _faults(values: dict[str, Any], engine: EngineName) -> list[str]:
@@ -55,7 +56,7 @@ def test_fsdp_words_and_config_become_options() -> None:
         },
     }
 
-    assert _config(values, "fsdp").settings == FsdpSettings(
+    assert _config(values, "fsdp", device="cuda").settings == FsdpSettings(
         shard_size=2, reshard_after_forward=False, cpu_offload=True, wrap_classes=("A", "B")
     )
 
@@ -109,8 +110,10 @@ def test_a_deepspeed_file_is_followed_and_its_autos_resolved(tmp_path: Path) -> 
 
 def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() -> None:
     given = {
-        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}},
-        "optimizer": {"type": "AdamW"},
+        "zero_optimization": {"stage": 3, "overlap_com": True},
+        "optimizer": {"type": "OneBitAdam", "params": {"lr": 3e-4, "freeze_step": 4}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
+        "gradient_clippping": 2.0,
         "gradient_clipping": 2.0,
     }
 
@@ -118,11 +121,92 @@ def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() ->
         "training.deepspeed: it asks for engine zero3, but the run's engine is zero2; "
         "leave one out",
         "training.fsdp: fsdp and deepspeed are both set; keep one of them",
-        "training.deepspeed: optimizer belongs to the loop; leave it out and set training.optim "
-        "and its hyperparameters",
-        "training.deepspeed: zero_optimization.offload_optimizer is not supported; leave it out",
+        "training.deepspeed: gradient_clippping is no key of DeepSpeed's; did you mean "
+        "'gradient_clipping'?",
+        "training.deepspeed: zero_optimization.overlap_com is no key of DeepSpeed's; did you mean "
+        "'overlap_comm'?",
+        "training.deepspeed: optimizer.type is 'OneBitAdam', but the loop makes the optimizer; "
+        "leave it out and set training.optim and its hyperparameters",
+        "training.deepspeed: optimizer.params.freeze_step has no counterpart in "
+        "TrainingArguments; leave it out",
+        "training.deepspeed: scheduler.type is 'WarmupLR', but training.lr_scheduler_type is "
+        "linear; the loop makes the schedule: leave scheduler out, or set lr_scheduler_type as "
+        "constant_with_warmup",
+        "training.deepspeed: scheduler.params (warmup_num_steps) belong to the loop; say them by "
+        "training.warmup_steps and learning_rate",
         "training.deepspeed: gradient_clipping is 2.0 there, but training.max_grad_norm is 1.0; "
         'make them equal, or say "auto" there',
+        "training.deepspeed: optimizer.params.lr is 0.0003 there, but training.learning_rate is "
+        '5e-05; make them equal, or say "auto" there',
+    ]
+
+
+def test_a_usual_deepspeed_file_with_offload_and_autos_is_followed() -> None:
+    given = {
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
+        "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "cpu", "pin_memory": True},
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "train_micro_batch_size_per_gpu": 4,
+        "wall_clock_breakdown": False,
+    }
+    values = {"deepspeed": given, "bf16": True}
+    filled = {field: value for field, (value, _) in implied(values).items()}
+
+    settings = _config(values | filled, "zero3").settings
+
+    assert filled == {"per_device_train_batch_size": 4}
+    assert isinstance(settings, DeepSpeedSettings)
+    assert settings.json["train_batch_size"] == 8
+    assert settings.json["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    assert '"auto"' not in json.dumps(settings.json)
+    assert "optimizer" not in settings.json
+
+
+def test_an_auto_that_nothing_gives_a_value_for_is_refused() -> None:
+    given = {"zero_optimization": {"stage": 2}, "data_efficiency": {"seed": "auto"}}
+
+    assert _faults({"deepspeed": given}, "zero2") == [
+        'training.deepspeed: data_efficiency.seed is "auto" there, and bigtrain has no value for '
+        "it; say one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ({"sharding_strategy": "FULL_SHARD"}, FsdpSettings(shard_size=2)),
+        (
+            {"fsdp_sharding_strategy": 2, "fsdp_offload_params": True},
+            FsdpSettings(shard_size=2, reshard_after_forward=False, cpu_offload=True),
+        ),
+        (
+            {"fsdp_forward_prefetch": True, "fsdp_state_dict_type": "SHARDED_STATE_DICT"},
+            FsdpSettings(shard_size=2, forward_prefetch=1),
+        ),
+    ],
+)
+def test_keys_of_fsdp1_become_those_of_fsdp2(
+    config: dict[str, Any], settings: FsdpSettings
+) -> None:
+    values = {"fsdp": "full_shard", "fsdp_config": config}
+
+    assert _config(values, "fsdp", device="cuda").settings == settings
+
+
+def test_hybrid_sharding_of_fsdp1_is_refused_with_the_key_that_says_it() -> None:
+    values = {"fsdp": "hybrid_shard", "fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}}
+
+    assert _faults(values, "fsdp") == [
+        "training.fsdp: hybrid_shard: say it by engine.shard, the number of ranks that share a "
+        "copy",
+        "training.fsdp_config: sharding_strategy: HYBRID_SHARD: say it by engine.shard, the ranks "
+        "that share a copy",
     ]
 
 

@@ -79,7 +79,7 @@ def test_fsdp_takes_the_engine_section() -> None:
         reshard_after_forward=False, cpu_offload=True, wrap_classes=("Block",), master_dtype="bf16"
     )
 
-    assert _config({"bf16": True}, "fsdp", options=options) == EngineConfig(
+    assert _config({"bf16": True}, "fsdp", options=options, device="cuda") == EngineConfig(
         name="fsdp",
         settings=FsdpSettings(
             shard_size=2, reshard_after_forward=False, cpu_offload=True, wrap_classes=("Block",)

@@ -1,0 +1,54 @@
+"""What a checkpoint takes on disk, and how many are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bigtrain.memory.estimate import Request
+from bigtrain.memory.shapes import BYTES
+
+_SMALL_FILES = 2 << 20
+"""Tokenizer, config, state, manifest: not counted one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskPlan:
+    """Bytes that the run will write and keep, all ranks together."""
+
+    checkpoint: int
+    kept: int
+    """Checkpoints that are there at once; one more while a new one is written."""
+    model: int
+    """The exported model, at the end and (with `export: every`) in each checkpoint."""
+
+    @property
+    def peak(self) -> int:
+        return self.checkpoint * (self.kept + 1) + self.model
+
+
+def disk_plan(request: Request, *, checkpoints: int | None) -> DiskPlan:
+    """`checkpoints`: how many the run will write, where that is known; None: not known."""
+    training = request.training
+    shapes, place = request.shapes, request.placement()
+    # Of an adapted model, its adapters alone are exported.
+    exported = [p for p in shapes.parameters if ".lora_" in p.name] or shapes.parameters
+    model = sum(parameter.bytes_loaded for parameter in exported)
+    frozen = sum(p.bytes_loaded for p in shapes.parameters if not p.trained)
+    masters = shapes.trained_numel * place.master_bytes + frozen
+    width = place.optimizer.bytes_per_element or BYTES[request.config.master_dtype]
+    moments = int(place.optimizer.moments * shapes.trained_numel * width)
+    only_model = bool(training.get("save_only_model"))
+    return DiskPlan(
+        checkpoint=masters + (0 if only_model else moments) + _SMALL_FILES,
+        kept=_kept(training, checkpoints),
+        model=model + _SMALL_FILES,
+    )
+
+
+def _kept(training: Mapping[str, Any], checkpoints: int | None) -> int:
+    limit = training.get("save_total_limit")
+    if checkpoints is not None:
+        return min(checkpoints, int(limit)) if limit else checkpoints
+    return int(limit) if limit else 1

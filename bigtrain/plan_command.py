@@ -1,0 +1,122 @@
+"""What `bigtrain plan` answers, as text: a plan with its forecast, a comparison, a difference."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigtrain.errors import ConfigError
+from bigtrain.layers import Override
+from bigtrain.memory_report import as_json as forecast_as_json
+from bigtrain.memory_report import comparison
+from bigtrain.plan import RunPlan
+from bigtrain.plan_diff import differences, recorded_plan
+from bigtrain.plan_report import report, table
+from bigtrain.planning import Request, Surroundings, compare_engines, make_plan
+from bigtrain.planning.device_memory import DeviceMemory, rank_memory
+from bigtrain.planning.engine_choice import Candidate
+from bigtrain.planning.forecast import Forecast, forecast, model_of, read_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What was asked on the command line."""
+
+    target: str
+    overrides: tuple[Override, ...]
+    accelerate_config: str | None
+    device_memory: str | None
+    traces: bool
+    environment: Mapping[str, str]
+    working_dir: Path
+
+    def request(self) -> Request:
+        return Request(
+            target=self.target,
+            overrides=self.overrides,
+            accelerate_config=self.accelerate_config,
+        )
+
+    def surroundings(self) -> Surroundings:
+        return Surroundings(
+            environment=self.environment,
+            working_dir=self.working_dir,
+            is_rehearsal=True,
+            device_memory=self.said_bytes(),
+        )
+
+    def said_bytes(self) -> int | None:
+        text = self.device_memory
+        return None if text is None else read_bytes(text, label="--device-memory")
+
+
+def show(question: Question, *, as_json: bool) -> str:
+    """The plan and what is to come of it."""
+    plan = make_plan(question.request(), question.surroundings())
+    found = _forecast(plan, question) if plan.kind == "run_file" else None
+    if not as_json:
+        return report(plan, found)
+    shown: dict[str, Any] = json.loads(plan.to_json())
+    future = {"forecast": forecast_as_json(found)} if found else {}
+    return json.dumps(shown | future, indent=2)
+
+
+def compare(question: Question, *, as_json: bool) -> str:
+    """All engines side by side."""
+    plans = compare_engines(question.request(), question.surroundings())
+    first = next((plan for _, plan, _ in plans if plan is not None), None)
+    if first is None:
+        raise ConfigError([f"engine {way}: {why}" for way, _, why in plans])
+    model = model_of(first, question.environment)
+    found: list[tuple[Candidate, Forecast | None, str]] = [
+        (way, _forecast(plan, question, model=model) if plan else None, why)
+        for way, plan, why in plans
+    ]
+    if as_json:
+        return json.dumps(
+            {
+                str(way): forecast_as_json(made) if made else {"refused": why}
+                for way, made, why in found
+            },
+            indent=2,
+        )
+    return f"Memory per rank, at the peak\n{table(comparison(found))}"
+
+
+def diff(question: Question, other: str, *, as_json: bool) -> str:
+    """What differs from another run file, with the same flags, or from a recorded plan."""
+    plan = make_plan(question.request(), question.surroundings())
+    place = question.working_dir / Path(other).expanduser()
+    recorded = recorded_plan(place)
+    if recorded is None:
+        request = dataclasses.replace(question.request(), target=other)
+        recorded = make_plan(request, question.surroundings())
+    found = differences(plan, recorded)
+    if as_json:
+        return json.dumps([dataclasses.asdict(difference) for difference in found], indent=2)
+    if not found:
+        return f"{question.target} and {other} plan the same run"
+    return table([("", question.target, other), *(difference.row() for difference in found)])
+
+
+def _forecast(plan: RunPlan, question: Question, **more: Any) -> Forecast:
+    return forecast(
+        plan,
+        environment=question.environment,
+        device_memory=_device_memory(plan, question),
+        traces=question.traces,
+        **more,
+    )
+
+
+def _device_memory(plan: RunPlan, question: Question) -> DeviceMemory:
+    return rank_memory(
+        plan.device,
+        procs_per_node=plan.topology.procs_per_node,
+        said=question.said_bytes(),
+        environment=question.environment,
+    )

@@ -1,0 +1,176 @@
+"""What is to come of a plan: steps, checkpoints, disk, and the memory of each rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from bigtrain.arguments.schema import defaults, load_schema
+from bigtrain.errors import ConfigError
+from bigtrain.memory.discovery import Model, cache_folder, find_model
+from bigtrain.memory.disk import DiskPlan, disk_plan
+from bigtrain.memory.estimate import MemoryPlan, Request, estimate
+from bigtrain.memory.questions import Asker
+from bigtrain.memory.trace import traced_estimate
+from bigtrain.plan import RunPlan
+from bigtrain.planning.device_memory import DeviceMemory
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long the run is. None: it depends on the data, which is not counted before it runs."""
+
+    steps: int | None
+    checkpoints: int | None
+    tokens_per_step: int
+    sequences_per_step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """All that is known of a plan's future. None: it can't be known here; `unknown` says why."""
+
+    schedule: Schedule
+    model: Model
+    memory: MemoryPlan | None
+    other_memory: MemoryPlan | None
+    """The same with activations kept where they are recomputed, or the other way round."""
+    disk: DiskPlan | None
+    device_memory: DeviceMemory
+    unknown: str = ""
+
+
+def forecast(
+    plan: RunPlan,
+    *,
+    environment: Mapping[str, str],
+    device_memory: DeviceMemory,
+    traces: bool = False,
+    model: Model | None = None,
+) -> Forecast:
+    """The future of a run file's plan. `traces`: activations from the real model, in seconds.
+
+    `model` saves finding it again, where several engines are compared.
+    """
+    schedule = make_schedule(plan)
+    model = model or model_of(plan, environment)
+    if model.shapes is None:
+        return _unknown(schedule, model, device_memory, model.why)
+    request = memory_request(plan, model)
+    memory = _memory(request, model, environment, traces=traces)
+    if memory is None:
+        why = "the widths of this family's activations are not known; --trace measures them"
+        return _unknown(schedule, model, device_memory, why)
+    turned = {"gradient_checkpointing": not request.recompute, "activation_checkpointing": None}
+    return Forecast(
+        schedule=schedule,
+        model=model,
+        memory=memory,
+        other_memory=estimate(_replace_training(request, turned)),
+        disk=disk_plan(request, checkpoints=schedule.checkpoints),
+        device_memory=device_memory,
+    )
+
+
+def model_of(plan: RunPlan, environment: Mapping[str, str]) -> Model:
+    """The plan's model, as far as it can be known here."""
+    return find_model(
+        plan.model,
+        tokenizer=plan.tokenizer,
+        working_dir=Path(plan.working_dir),
+        environment=environment,
+    )
+
+
+def memory_request(plan: RunPlan, model: Model) -> Request:
+    """What the memory plan is made of."""
+    assert model.shapes is not None
+    return Request(
+        shapes=model.shapes,
+        config=plan.engine,
+        topology=plan.topology,
+        device=plan.device,
+        training=plan.training,
+        sequence_length=int(plan.data["sequence_length"]),
+    )
+
+
+def make_schedule(plan: RunPlan) -> Schedule:
+    """Steps and checkpoints to come, and what a step takes in."""
+    values = defaults(load_schema()) | dict(plan.training)
+    sequences = (
+        int(values["per_device_train_batch_size"])
+        * int(values["gradient_accumulation_steps"])
+        * plan.topology.world_size
+    )
+    steps = int(values["max_steps"]) if values["max_steps"] and values["max_steps"] > 0 else None
+    return Schedule(
+        steps=steps,
+        checkpoints=_checkpoints(values, steps),
+        sequences_per_step=sequences,
+        tokens_per_step=sequences * int(plan.data["sequence_length"]),
+    )
+
+
+def read_bytes(text: str, *, label: str) -> int:
+    """`80GiB`, `40 GB` or a plain number of bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", text, re.IGNORECASE)
+    if found is None:
+        raise ConfigError(f"{label} {text}: not a size; write 80GiB, for example")
+    return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
+
+
+def _checkpoints(values: Mapping[str, Any], steps: int | None) -> int | None:
+    strategy = str(values["save_strategy"])
+    if strategy == "no":
+        return 0
+    if strategy == "epoch" and steps is None:
+        return int(values["num_train_epochs"])
+    if strategy != "steps" or steps is None:
+        return None
+    every = values["save_steps"]
+    interval = every if every >= 1 else max(1, round(steps * every))
+    return max(1, steps // int(interval))
+
+
+def _memory(
+    request: Request, model: Model, environment: Mapping[str, str], *, traces: bool
+) -> MemoryPlan | None:
+    if not traces:
+        return estimate(request)
+    asker = Asker(cache=cache_folder(environment) / "shapes", environment=environment)
+    question = {key: value for key, value in model.question.items() if key != "dtype"}
+    return traced_estimate(request, question, asker=asker)
+
+
+def _replace_training(request: Request, values: Mapping[str, Any]) -> Request:
+    return replace(request, training={**request.training, **values})
+
+
+def _unknown(schedule: Schedule, model: Model, device_memory: DeviceMemory, why: str) -> Forecast:
+    return Forecast(
+        schedule=schedule,
+        model=model,
+        memory=None,
+        other_memory=None,
+        disk=None,
+        device_memory=device_memory,
+        unknown=why,
+    )
+
+
+def verdict(
+    memory: MemoryPlan, device_memory: DeviceMemory
+) -> Literal["fits", "tight", "too large"] | None:
+    """Whether it fits with the reserve that libraries and fragmentation need; None: not known."""
+    if device_memory.usable is None or device_memory.total is None:
+        return None
+    if memory.peak <= device_memory.usable:
+        return "fits"
+    return "tight" if memory.peak <= device_memory.total else "too large"

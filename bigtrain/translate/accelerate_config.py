@@ -1,0 +1,145 @@
+"""An accelerate config file (`accelerate config` writes it), as values of a run file.
+
+Each of its keys becomes one of ours, is without effect here for a reason, or is refused by name.
+https://huggingface.co/docs/accelerate/package_reference/cli#accelerate-config
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from bigtrain.errors import ConfigError
+from bigtrain.layers import Override
+from bigtrain.translate.config import EngineName
+
+_PRECISIONS: Mapping[str, str | None] = {"no": None, "bf16": "bf16", "fp16": "fp16"}
+_KINDS = ("NO", "MULTI_GPU", "MULTI_CPU", "DEEPSPEED", "FSDP")
+# The launcher finds these out itself, or they are about a cloud's service that is not used.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "compute_environment",
+        "debug",
+        "gpu_ids",
+        "machine_rank",
+        "main_process_ip",
+        "main_process_port",
+        "main_training_function",
+        "rdzv_backend",
+        "same_network",
+        "enable_cpu_affinity",
+        "tpu_env",
+        "tpu_use_cluster",
+        "tpu_use_sudo",
+        "downcast_bf16",
+        "deepspeed_config",
+        "fsdp_config",
+        "distributed_type",
+        "num_processes",
+        "num_machines",
+        "mixed_precision",
+        "use_cpu",
+    }
+)
+_DEEPSPEED_KEYS = {
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "gradient_clipping": "training.max_grad_norm",
+    "offload_optimizer_device": "engine.offload_optimizer",
+    "offload_param_device": "engine.offload_parameters",
+    "deepspeed_config_file": "training.deepspeed",
+}
+_DEEPSPEED_GRANTED = {
+    "zero3_init_flag": (True, False),
+    "zero3_save_16bit_model": (True, False),
+    "deepspeed_multinode_launcher": ("standard",),
+    "deepspeed_moe_layer_cls_names": (None, ""),
+}
+_NVME_KEYS = ("offload_optimizer_nvme_path", "offload_param_nvme_path")
+
+
+def overrides(content: Mapping[str, Any], *, label: str) -> list[Override]:
+    """What the file says, each with `label: key` as its origin. ConfigError with all its faults."""
+    faults = [f"{label}: {fault}" for fault in _faults(content)]
+    if faults:
+        raise ConfigError(faults)
+    found = [*_cluster(content), *_precision(content), *_engine(content)]
+    return [
+        Override(key=key, value=value, origin=f"{label}: {source}") for key, value, source in found
+    ]
+
+
+_Said = Iterator[tuple[str, Any, str]]
+
+
+def _cluster(content: Mapping[str, Any]) -> _Said:
+    machines = int(content.get("num_machines") or 1)
+    yield "cluster.nodes", machines, "num_machines"
+    processes = content.get("num_processes")
+    if processes:
+        yield "cluster.procs_per_node", int(processes) // machines, "num_processes"
+    if content.get("use_cpu"):
+        yield "training.use_cpu", True, "use_cpu"
+
+
+def _precision(content: Mapping[str, Any]) -> _Said:
+    precision = _PRECISIONS.get(str(content.get("mixed_precision") or "no"))
+    if precision:
+        yield f"training.{precision}", True, "mixed_precision"
+
+
+def _engine(content: Mapping[str, Any]) -> _Said:
+    kind = content.get("distributed_type", "NO")
+    if kind == "DEEPSPEED":
+        yield from _deepspeed(content.get("deepspeed_config") or {})
+    elif kind == "FSDP":
+        yield "engine.name", "fsdp", "distributed_type"
+        yield "training.fsdp", "full_shard", "distributed_type"
+        config = dict(content.get("fsdp_config") or {})
+        if config.pop("fsdp_activation_checkpointing", False):
+            source = "fsdp_config.fsdp_activation_checkpointing"
+            yield "training.gradient_checkpointing", True, source
+        yield "training.fsdp_config", config, "fsdp_config"
+    else:
+        single: EngineName = "single"
+        alone = kind == "NO" and int(content.get("num_processes") or 1) == 1
+        yield "engine.name", single if alone else "ddp", "distributed_type"
+
+
+def _deepspeed(config: Mapping[str, Any]) -> _Said:
+    if not config.get("deepspeed_config_file"):
+        yield "engine.name", f"zero{config.get('zero_stage', 2)}", "deepspeed_config.zero_stage"
+    for key, ours in _DEEPSPEED_KEYS.items():
+        value = config.get(key)
+        if value not in (None, "none", "auto"):
+            yield ours, value, f"deepspeed_config.{key}"
+    for key in _NVME_KEYS:
+        if config.get(key) not in (None, "none"):
+            yield "engine.nvme_path", config[key], f"deepspeed_config.{key}"
+
+
+def _faults(content: Mapping[str, Any]) -> Iterator[str]:
+    kind = content.get("distributed_type", "NO")
+    if kind not in _KINDS:
+        yield f"distributed_type {kind} is not supported; use {', '.join(_KINDS)}"
+    if str(content.get("mixed_precision") or "no") not in _PRECISIONS:
+        precision = content["mixed_precision"]
+        yield f"mixed_precision {precision} is not supported; use {', '.join(_PRECISIONS)}"
+    machines, processes = content.get("num_machines") or 1, content.get("num_processes") or 0
+    if processes % machines:
+        yield f"num_processes {processes} is not divisible by num_machines {machines}"
+    for key, value in content.items():
+        if key not in _WITHOUT_EFFECT and value not in (None, {}, [], "", False):
+            yield f"{key} has no counterpart here; leave it out"
+    if kind == "DEEPSPEED":
+        yield from _deepspeed_faults(content.get("deepspeed_config") or {})
+
+
+def _deepspeed_faults(config: Mapping[str, Any]) -> Iterator[str]:
+    stage = config.get("zero_stage", 2)
+    if not config.get("deepspeed_config_file") and stage not in (1, 2, 3):
+        yield f"deepspeed_config.zero_stage {stage} is not supported; use 1, 2 or 3"
+    for key, value in config.items():
+        if key in _DEEPSPEED_KEYS or key in _NVME_KEYS or key == "zero_stage":
+            continue
+        if value not in _DEEPSPEED_GRANTED.get(key, ()):
+            yield f"deepspeed_config.{key}: {value!r} has no counterpart here; leave it out"

@@ -1,0 +1,236 @@
+"""A DeepSpeed JSON that somebody else wrote: read, checked, and laid over ours.
+
+Its `"auto"`s become our values. What TrainingArguments say as well must agree with them. A key that
+the installed DeepSpeed does not have is refused: DeepSpeed itself would take it without a word.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import math
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from bigtrain.arguments.values import did_you_mean
+from bigtrain.errors import ConfigError
+from bigtrain.translate.config import EngineName
+
+Json: TypeAlias = Mapping[str, Any]
+AUTO = "auto"
+_ZERO_ENGINES: Mapping[int, EngineName] = {1: "zero1", 2: "zero2", 3: "zero3"}
+SAID_BY_ARGUMENTS: Mapping[tuple[str, ...], str] = {
+    ("train_micro_batch_size_per_gpu",): "per_device_train_batch_size",
+    ("gradient_accumulation_steps",): "gradient_accumulation_steps",
+    ("gradient_clipping",): "max_grad_norm",
+    ("bf16", "enabled"): "bf16",
+    ("fp16", "enabled"): "fp16",
+    ("optimizer", "params", "lr"): "learning_rate",
+    ("optimizer", "params", "eps"): "adam_epsilon",
+    ("optimizer", "params", "weight_decay"): "weight_decay",
+    ("optimizer", "params", "torch_adam"): "",
+    ("optimizer", "params", "adam_w_mode"): "",
+}
+"""Where the JSON says what a TrainingArguments field says; empty: nothing to compare."""
+_SCHEDULES = {
+    "WarmupLR": ("constant_with_warmup",),
+    "WarmupDecayLR": ("linear",),
+    "WarmupCosineLR": ("cosine",),
+}
+_OPTIMIZERS = ("AdamW", "Adam")
+
+
+def read(given: Any, field: str) -> dict[str, Any]:
+    """A mapping, JSON text, or the path of a JSON file. ConfigError names `field`."""
+    if isinstance(given, Mapping):
+        return dict(given)
+    text = given if str(given).lstrip().startswith("{") else _read_text(Path(given), field)
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"training.{field}: {given} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"training.{field}: {given} holds no JSON object")
+    return value
+
+
+def engine(given: Json) -> EngineName:
+    """The engine that its ZeRO stage stands for."""
+    section = given.get("zero_optimization")
+    stage = section.get("stage", 0) if isinstance(section, Mapping) else 0
+    return _ZERO_ENGINES.get(stage, "ddp")
+
+
+def implied(given: Json) -> Iterator[tuple[str, str, Any]]:
+    """(TrainingArguments field, key, value) for what the JSON says in whole values."""
+    for path, field in SAID_BY_ARGUMENTS.items():
+        value = _leaf(given, path)
+        if field and value not in (None, AUTO):
+            yield field, ".".join(path), value
+    betas = _leaf(given, ("optimizer", "params", "betas"))
+    if isinstance(betas, list) and len(betas) == 2:
+        yield "adam_beta1", "optimizer.params.betas", betas[0]
+        yield "adam_beta2", "optimizer.params.betas", betas[1]
+
+
+def faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with it, and the fix, for each fault."""
+    yield from _unknown_keys(given)
+    yield from _optimizer_faults(given)
+    yield from _schedule_faults(given, values)
+    for field, key, value in implied(given):
+        if not _same(value, values[field]):
+            yield (
+                f"{key} is {value} there, but training.{field} is {values[field]}; "
+                'make them equal, or say "auto" there'
+            )
+    if engine(given) == "ddp":
+        yield "its ZeRO stage is 0, which is plain data parallelism; leave it out: engine ddp"
+
+
+def overlay(ours: Json, given: Json) -> dict[str, Any]:
+    """`given` over `ours`; "auto" stays ours, and so does what the loop and the topology decide."""
+    merged = dict(ours)
+    for key, value in given.items():
+        if key in ("train_batch_size", "optimizer", "scheduler") or value == AUTO:
+            continue
+        if isinstance(value, Mapping):
+            inner = ours.get(key)
+            merged[key] = overlay(inner if isinstance(inner, Mapping) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def unresolved(given: Json, ours: Json, prefix: str = "") -> Iterator[str]:
+    """Keys that are "auto" there and for which we have no value."""
+    for key, value in given.items():
+        if key in ("train_batch_size", "optimizer", "scheduler"):
+            continue
+        inner = ours.get(key)
+        if isinstance(value, Mapping):
+            yield from unresolved(
+                value, inner if isinstance(inner, Mapping) else {}, f"{prefix}{key}."
+            )
+        elif value == AUTO and key not in ours:
+            yield f"{prefix}{key}"
+
+
+def _same(there: Any, here: Any) -> bool:
+    if isinstance(there, (int, float)) and isinstance(here, (int, float)):
+        return math.isclose(float(there), float(here), rel_tol=1e-9)
+    return bool(there == here)
+
+
+def _optimizer_faults(given: Json) -> Iterator[str]:
+    section = given.get("optimizer")
+    if not isinstance(section, Mapping):
+        return
+    kind = section.get("type")
+    if kind not in _OPTIMIZERS:
+        yield (
+            f"optimizer.type is {kind!r}, but the loop makes the optimizer; leave it out and set "
+            "training.optim and its hyperparameters"
+        )
+    known = {path[-1] for path in SAID_BY_ARGUMENTS if path[0] == "optimizer"} | {"betas"}
+    for key in section.get("params") or {}:
+        if key not in known:
+            yield f"optimizer.params.{key} has no counterpart in TrainingArguments; leave it out"
+
+
+def _schedule_faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
+    section = given.get("scheduler")
+    if not isinstance(section, Mapping):
+        return
+    ours = _SCHEDULES.get(str(section.get("type")), ())
+    said = values["lr_scheduler_type"]
+    if said not in ours:
+        wanted = f" as {' or '.join(ours)}" if ours else ""
+        yield (
+            f"scheduler.type is {section.get('type')!r}, but training.lr_scheduler_type is {said}; "
+            f"the loop makes the schedule: leave scheduler out, or set lr_scheduler_type{wanted}"
+        )
+    whole = [key for key, value in (section.get("params") or {}).items() if value != AUTO]
+    if whole:
+        yield (
+            f"scheduler.params ({', '.join(whole)}) belong to the loop; say them by "
+            "training.warmup_steps and learning_rate"
+        )
+
+
+def _unknown_keys(given: Json) -> Iterator[str]:
+    known = _known_keys()
+    if known is None:
+        return
+    top, zero = known
+    for key in given:
+        if key not in top:
+            yield f"{key} is no key of DeepSpeed's{did_you_mean(key, top)}"
+    section = given.get("zero_optimization")
+    for key in section if isinstance(section, Mapping) else ():
+        if key not in zero:
+            yield f"zero_optimization.{key} is no key of DeepSpeed's{did_you_mean(key, zero)}"
+
+
+@lru_cache(maxsize=1)
+def _known_keys() -> tuple[frozenset[str], frozenset[str]] | None:
+    """Keys at the top and of `zero_optimization`, from the installed sources, by `ast`."""
+    spec = importlib.util.find_spec("deepspeed")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent / "runtime"
+    try:
+        zero = frozenset(_model_fields(folder / "zero" / "config.py", "DeepSpeedZeroConfig"))
+        files = [
+            *folder.glob("*constants.py"),
+            *folder.glob("*/constants.py"),
+            folder / "config.py",
+        ]
+        files += [folder.parent / "profiling" / "constants.py", folder.parent / "constants.py"]
+        files += [
+            folder.parent / "monitor" / "constants.py",
+            folder.parent / "monitor" / "config.py",
+        ]
+        files += [folder / "precision_config.py", folder / "activation_checkpointing" / "config.py"]
+        top = frozenset(word for file in files if file.is_file() for word in _strings(file))
+    except (OSError, SyntaxError):
+        return None
+    return top, zero
+
+
+def _strings(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 60:
+            yield node.value
+
+
+def _model_fields(file: Path, name: str) -> Iterator[str]:
+    """A pydantic class's fields and their aliases."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if not (isinstance(node, ast.ClassDef) and node.name == name):
+            continue
+        for field in node.body:
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                yield field.target.id
+                calls = field.value.keywords if isinstance(field.value, ast.Call) else []
+                for keyword in calls:
+                    if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
+                        yield str(keyword.value.value)
+
+
+def _leaf(config: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
+def _read_text(path: Path, field: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"training.{field}: {path} can't be read ({error.strerror}); give a JSON file"
+        ) from error

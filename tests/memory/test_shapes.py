@@ -1,0 +1,177 @@
+"""Where parameter shapes come from: formula, weight files, the model itself; they all agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from bigtrain.memory.adapters import with_adapters
+from bigtrain.memory.discovery import find_model
+from bigtrain.memory.families import FAMILIES, architecture, from_formula
+from bigtrain.memory.known_models import KNOWN_MODELS
+from bigtrain.memory.shapes import ModelShapes
+from bigtrain.memory.weight_files import from_weight_files
+
+_SMALL: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+
+
+def _real(model_type: str, **fields: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**fields))
+
+
+def _named(shapes: ModelShapes) -> list[tuple[str, tuple[int, ...]]]:
+    return [(parameter.name, parameter.shape) for parameter in shapes.parameters]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}],
+    ids=["plain", "tied", "biases"],
+)
+def test_a_formula_gives_the_very_parameters_of_the_model(
+    family: str, more: dict[str, Any]
+) -> None:
+    known = CONFIG_MAPPING[family]().to_dict()
+    fields = _SMALL | {key: value for key, value in more.items() if key in known}
+    model = _real(family, **fields)
+
+    shapes = from_formula({"model_type": family, **fields}, dtype="fp32")
+
+    assert shapes is not None
+    assert _named(shapes) == [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_config_leaves_open_has_the_class_s_default(family: str) -> None:
+    shapes = from_formula({"model_type": family}, dtype="fp32")
+
+    assert shapes is not None
+    assert shapes.numel == _real(family).num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "numel"),
+    [
+        ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
+        ("meta-llama/Meta-Llama-3-70B", 70_553_706_496),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
+    ],
+)
+def test_known_models_have_their_published_size(name: str, numel: int) -> None:
+    shapes = from_formula(KNOWN_MODELS[name], dtype="bf16")
+
+    assert shapes is not None
+    assert shapes.numel == numel
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_weight_files_give_the_modules_shapes(family: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**_SMALL))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+
+    config = json.loads((tmp_path / "config.json").read_text())
+    stored = from_weight_files(tmp_path, config, dtype=None)
+
+    assert stored is not None
+    assert stored.source.endswith("safetensors files")
+    real = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert dict(_named(stored)) == real
+    assert {parameter.dtype for parameter in stored.parameters} == {"float32"}
+
+
+def _find(section: dict[str, Any], folder: Path, **environment: str) -> Any:
+    return find_model(
+        section,
+        tokenizer={"kind": "bytes"},
+        working_dir=folder,
+        environment={"PATH": "", "XDG_CACHE_HOME": str(folder / "cache"), **environment},
+    )
+
+
+def test_a_family_without_a_formula_is_asked_once(tmp_path: Path) -> None:
+    fields = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 60, "n_positions": 16}
+    section = {"config": {"model_type": "gpt2", **fields}}
+
+    found = _find(section, tmp_path)
+
+    assert found.shapes.source == "the model on the meta device"
+    assert found.shapes.numel == _real("gpt2", **fields).num_parameters()
+    assert found.shapes.architecture.hidden == 32
+    # The answer is there now: no process could be started in an environment like this.
+    assert _find(section, tmp_path, PYTHONHOME="/nowhere").shapes == found.shapes
+
+
+def test_a_model_that_is_not_here_is_not_guessed(tmp_path: Path) -> None:
+    found = _find({"name": "somebody/something"}, tmp_path, HF_HOME=str(tmp_path))
+
+    assert found.shapes is None
+    assert found.why == (
+        "somebody/something is not on this machine yet; download it, or give a local path"
+    )
+
+
+def test_a_model_in_the_hub_s_cache_is_found(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--a--b"
+    snapshot = repository / "snapshots" / "c0ffee"
+    AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**_SMALL)).save_pretrained(snapshot)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+
+    found = _find({"name": "a/b", "dtype": "bf16"}, tmp_path, HF_HOME=str(tmp_path))
+
+    assert found.shapes.source == "headers of model.safetensors"
+    assert found.shapes.numel == _real("llama", **_SMALL).num_parameters()
+
+
+def test_the_byte_tokenizer_sizes_a_vocabulary_that_is_not_said(tmp_path: Path) -> None:
+    found = _find({"config": {"model_type": "llama", "hidden_size": 64}}, tmp_path)
+
+    assert found.shapes.architecture.vocabulary == 257
+
+
+def test_layers_are_the_units_and_the_rest_is_the_root() -> None:
+    shapes = from_formula({"model_type": "llama", **_SMALL}, dtype="fp32")
+
+    assert shapes is not None
+    root, *layers = shapes.units
+    assert [parameter.name for parameter in root] == [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+    ]
+    assert len(layers) == 2
+    assert sum(map(len, shapes.units)) == len(shapes.parameters)
+
+
+def test_lora_s_shapes_are_peft_s() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(_real("llama", **_SMALL), config)
+
+    shapes = from_formula({"model_type": "llama", **_SMALL}, dtype="fp32")
+    assert shapes is not None
+    adapted = with_adapters(shapes, lora)
+
+    real = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
+    assert {p.name: (p.shape, p.trained) for p in adapted.parameters} == real
+
+
+def test_an_unknown_width_is_not_made_up() -> None:
+    assert architecture({"model_type": "resnet"}) is None

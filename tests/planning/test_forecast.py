@@ -1,0 +1,240 @@
+"""What is to come of a plan: memory, disk and steps; which engine fits; the ready configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.errors import ConfigError
+from bigtrain.layers import parse_assignment
+from bigtrain.plan import RunPlan, write_plan
+from bigtrain.planning import Request, Surroundings, compare_engines, make_plan
+from bigtrain.planning.device_memory import DeviceMemory
+from bigtrain.planning.engine_choice import Candidate, candidates, choose
+from bigtrain.planning.forecast import Forecast, forecast, read_bytes, verdict
+from bigtrain.share import share_root
+
+_GPU = 80 << 30
+_READY = ("llama3-8b", "llama3-70b", "qwen2.5-7b", "mixtral-8x7b", "llama3-8b-lora")
+_RUN = """\
+model:
+  config: {model_type: llama, hidden_size: 64}
+tokenizer: {kind: bytes}
+data: {name: builtin:python-docs, sequence_length: 128}
+training: {per_device_train_batch_size: 4, max_steps: 100, save_steps: 30, save_total_limit: 2}
+"""
+
+
+def _plan(target: str, *assignments: str, memory: int | None = _GPU, folder: Path) -> RunPlan:
+    request = Request(target=target, overrides=tuple(map(parse_assignment, assignments)))
+    surroundings = Surroundings(
+        environment={"CUDA_VISIBLE_DEVICES": "", "XDG_CACHE_HOME": str(folder / "cache")},
+        working_dir=folder,
+        is_rehearsal=True,
+        device_memory=memory,
+    )
+    return make_plan(request, surroundings)
+
+
+def _forecast(plan: RunPlan, folder: Path) -> Forecast:
+    return forecast(
+        plan,
+        environment={"XDG_CACHE_HOME": str(folder / "cache")},
+        device_memory=DeviceMemory(total=_GPU, origin="said", device="cuda"),
+    )
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 16])
+@pytest.mark.parametrize("name", _READY)
+def test_every_ready_config_is_planned_and_fits(name: str, nodes: int, tmp_path: Path) -> None:
+    if name == "llama3-8b-lora" and nodes == 16:
+        pytest.skip("its global batch is one for up to eight nodes")
+    path = share_root() / "configs" / f"{name}.yaml"
+
+    plan = _plan(str(path), f"cluster.nodes={nodes}", folder=tmp_path)
+    found = _forecast(plan, tmp_path)
+
+    assert plan.topology.world_size == nodes * 8
+    assert plan.origins["engine.name"].startswith("auto: the fastest that fits")
+    assert found.memory is not None
+    assert verdict(found.memory, found.device_memory) == "fits"
+    assert '"auto"' not in json.dumps(dataclasses.asdict(plan.engine))
+
+
+def test_steps_checkpoints_and_disk_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+
+    found = _forecast(_plan("run.yaml", folder=tmp_path), tmp_path)
+
+    assert found.model.shapes is not None
+    assert found.disk is not None
+    assert (found.schedule.steps, found.schedule.checkpoints) == (100, 3)
+    assert found.schedule.tokens_per_step == 4 * 128
+    assert found.disk.kept == 2
+    state = 12 * found.model.shapes.numel
+    assert state < found.disk.checkpoint < state + (4 << 20)
+
+
+def test_a_checkpoint_takes_what_is_forecast(tmp_path: Path) -> None:
+    """Within the small files that are not counted one by one."""
+    (tmp_path / "run.yaml").write_text(_RUN)
+    assignments = ("training.max_steps=2", "model.config.num_hidden_layers=1", "engine=single")
+    assignments += ("training.save_steps=2", "training.report_to=none")
+    plan = _plan("run.yaml", *assignments, memory=None, folder=tmp_path)
+    found = _forecast(plan, tmp_path)
+    path = tmp_path / "plan.json"
+    write_plan(plan, path)
+
+    subprocess.run(
+        [sys.executable, "-m", "bigtrain.worker"],
+        env=os.environ | {"BIGTRAIN_PLAN": str(path), "PYTHONPATH": str(_root())},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+
+    files = (tmp_path / "runs" / "run" / "checkpoint-2").rglob("*")
+    written = sum(file.stat().st_size for file in files if file.is_file())
+    assert found.disk is not None
+    assert written == pytest.approx(found.disk.checkpoint, abs=3 << 20)
+
+
+def _root() -> Path:
+    return share_root() if (share_root() / "bigtrain").is_dir() else Path.cwd()
+
+
+def test_the_least_sharding_that_fits_is_taken() -> None:
+    class Memory:
+        def __init__(self, peak: int) -> None:
+            self.peak = peak
+
+    needs = {"ddp": 90, "zero1": 70, "zero2": 60, "fsdp": 50, "zero3": 40}
+    ways = list(candidates(nodes=1, procs_per_node=8, on_gpu=True))
+
+    def pick(total: int) -> Any:
+        return choose(
+            ways,
+            memory_of=lambda way: Memory(needs[way.engine] << 30),  # type: ignore[arg-type]
+            device_memory=DeviceMemory(total=total << 30, device="cuda"),
+        )
+
+    assert pick(120).candidate == Candidate(engine="ddp")
+    assert pick(80).candidate == Candidate(engine="zero1")
+    assert pick(58).candidate == Candidate(engine="fsdp")
+    assert "ddp, zero1, zero2 would not fit" in pick(58).why
+    assert pick(20).why.startswith("auto: nothing fits")
+
+
+def test_sharding_within_a_node_comes_before_sharding_over_all() -> None:
+    ways = list(candidates(nodes=2, procs_per_node=8, on_gpu=False))
+
+    assert [str(way) for way in ways] == [
+        "ddp",
+        "zero1",
+        "zero2",
+        "fsdp (shard 8)",
+        "fsdp",
+        "zero3",
+    ]
+
+
+def test_engines_are_compared_and_those_that_can_not_run_say_why(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN + "cluster: {procs_per_node: 2}\n")
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+
+    found = compare_engines(Request(target="run.yaml"), surroundings)
+
+    planned = {str(way): plan is not None for way, plan, _ in found}
+    assert planned["single"] is False
+    assert all(planned[name] for name in ("ddp", "fsdp", "zero1", "zero2", "zero3"))
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("80GiB", 80 << 30), ("40 GB", 40 * 10**9), ("1024", 1024)]
+)
+def test_sizes_are_read(text: str, number: int) -> None:
+    assert read_bytes(text, label="--device-memory") == number
+
+
+def test_a_size_that_is_none_is_refused() -> None:
+    with pytest.raises(ConfigError) as raised:
+        read_bytes("lots", label="--device-memory")
+    assert str(raised.value) == "--device-memory lots: not a size; write 80GiB, for example"
+
+
+def _command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bigtrain", "plan", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(_root())},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_two_run_files_and_a_past_run_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(_RUN)
+    (tmp_path / "b.yaml").write_text(_RUN.replace("max_steps: 100", "max_steps: 7"))
+
+    shown = _command(tmp_path, "a.yaml", "--diff", "b.yaml", "--json")
+    past = _plan("b.yaml", "output_dir=past", memory=None, folder=tmp_path)
+    write_plan(past, tmp_path / "past" / "plans" / "attempt-01.json")
+    recorded = _command(tmp_path, "a.yaml", "--diff", "past", "--json")
+
+    for done in (shown, recorded):
+        found = {entry["key"]: entry for entry in json.loads(done.stdout)}
+        assert found["training.max_steps"]["values"] == ["100", "7"]
+        assert found["training.max_steps"]["origins"] == ["a.yaml:5", "b.yaml:5"]
+    assert _command(tmp_path, "a.yaml", "--diff", "a.yaml").stdout == (
+        "a.yaml and a.yaml plan the same run\n"
+    )
+
+
+def test_a_trillion_parameters_on_2048_nodes_are_planned_at_once(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model:\n"
+        "  config: {model_type: llama, hidden_size: 25600, intermediate_size: 81920,\n"
+        "    num_hidden_layers: 130, num_attention_heads: 160, num_key_value_heads: 8,\n"
+        "    vocab_size: 128256}\n"
+        "tokenizer: {kind: bytes}\n"
+        "data: {name: builtin:python-docs, sequence_length: 4096}\n"
+        "global_batch_size: 16384\n"
+        "training: {bf16: true, per_device_train_batch_size: 1, gradient_checkpointing: true}\n"
+    )
+    arguments = ("--nodes", "2048", "--procs-per-node", "8", "--device-memory", "80GiB", "--json")
+
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURED, "plan", "run.yaml", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(_root())},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    found = json.loads(done.stdout)
+    assert found["topology"]["nodes"] == 2048
+    assert found["forecast"]["parameters"]["count"] > 10**12
+    seconds, kilobytes = done.stderr.split()
+    assert float(seconds) < 1.0, "of processor time: others may be busy beside it"
+    assert int(kilobytes) * 1024 < 200 * 10**6
+
+
+_MEASURED = """
+import re, sys, time
+from pathlib import Path
+from bigtrain.cli import main
+try:
+    main()
+finally:
+    status = Path("/proc/self/status").read_text()
+    print(time.process_time(), re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=sys.stderr)
+"""

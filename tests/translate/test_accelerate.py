@@ -1,0 +1,139 @@
+"""accelerate's config files in, accelerate's variables out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bigtrain.errors import ConfigError
+from bigtrain.translate import accelerate_environment, topology_for, translate
+from bigtrain.translate.accelerate_config import overrides
+from bigtrain.translate.config import EngineName, EngineOptions
+
+
+def _said(content: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    found = overrides(content, label="acc.yaml")
+    return {override.key: (override.value, override.origin) for override in found}
+
+
+def test_a_deepspeed_config_becomes_engine_cluster_and_precision() -> None:
+    content = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "DEEPSPEED",
+        "num_machines": 2,
+        "num_processes": 16,
+        "machine_rank": 0,
+        "mixed_precision": "bf16",
+        "deepspeed_config": {
+            "zero_stage": 3,
+            "gradient_clipping": 1.0,
+            "gradient_accumulation_steps": 4,
+            "offload_optimizer_device": "cpu",
+            "offload_param_device": "none",
+            "zero3_init_flag": True,
+        },
+    }
+
+    assert _said(content) == {
+        "cluster.nodes": (2, "acc.yaml: num_machines"),
+        "cluster.procs_per_node": (8, "acc.yaml: num_processes"),
+        "training.bf16": (True, "acc.yaml: mixed_precision"),
+        "engine.name": ("zero3", "acc.yaml: deepspeed_config.zero_stage"),
+        "training.gradient_accumulation_steps": (
+            4,
+            "acc.yaml: deepspeed_config.gradient_accumulation_steps",
+        ),
+        "training.max_grad_norm": (1.0, "acc.yaml: deepspeed_config.gradient_clipping"),
+        "engine.offload_optimizer": ("cpu", "acc.yaml: deepspeed_config.offload_optimizer_device"),
+    }
+
+
+def test_an_fsdp_config_is_handed_on_and_recomputation_taken_out() -> None:
+    said = _said(
+        {
+            "distributed_type": "FSDP",
+            "num_processes": 4,
+            "fsdp_config": {
+                "fsdp_version": 2,
+                "fsdp_reshard_after_forward": True,
+                "fsdp_activation_checkpointing": True,
+            },
+        }
+    )
+
+    assert said["engine.name"][0] == "fsdp"
+    assert said["training.gradient_checkpointing"][0] is True
+    assert said["training.fsdp_config"][0] == {
+        "fsdp_version": 2,
+        "fsdp_reshard_after_forward": True,
+    }
+
+
+def test_all_that_can_not_be_followed_is_named_at_once() -> None:
+    content = {
+        "distributed_type": "MEGATRON_LM",
+        "mixed_precision": "fp8",
+        "num_machines": 3,
+        "num_processes": 8,
+        "megatron_lm_config": {"megatron_lm_tp_degree": 2},
+        "tpu_name": "",
+    }
+
+    with pytest.raises(ConfigError) as raised:
+        overrides(content, label="acc.yaml")
+
+    assert raised.value.faults == (
+        "acc.yaml: distributed_type MEGATRON_LM is not supported; use NO, MULTI_GPU, MULTI_CPU, "
+        "DEEPSPEED, FSDP",
+        "acc.yaml: mixed_precision fp8 is not supported; use no, bf16, fp16",
+        "acc.yaml: num_processes 8 is not divisible by num_machines 3",
+        "acc.yaml: megatron_lm_config has no counterpart here; leave it out",
+    )
+
+
+def _variables(engine: EngineName, device: Any = "cuda", **options: Any) -> dict[str, str]:
+    training = {"bf16": True, "max_grad_norm": 0.5}
+    config = translate(
+        training,
+        engine=engine,
+        topology=topology_for(engine, procs_per_node=2),
+        device=device,
+        options=EngineOptions(**options),
+    ).engine
+    return accelerate_environment.variables(config, device=device, training=training)
+
+
+def test_variables_of_zero3_golden() -> None:
+    assert _variables("zero3", offload_optimizer="cpu") == {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+        "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+        "ACCELERATE_GRADIENT_CLIPPING": "0.5",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+    }
+
+
+def test_variables_of_fsdp_golden() -> None:
+    assert _variables("fsdp", wrap_classes=("A", "B"), reshard_after_forward=False) == {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "FSDP_OFFLOAD_PARAMS": "false",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_ACTIVATION_CHECKPOINTING": "false",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "A,B",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+    }
+
+
+def test_on_a_cpu_plain_ranks_are_told_so_and_sharded_ones_are_not() -> None:
+    assert _variables("ddp", "cpu")["ACCELERATE_USE_CPU"] == "true"
+    sharded = _variables("fsdp", "cpu")
+    assert "ACCELERATE_USE_CPU" not in sharded
+    assert sharded["ACCELERATE_TORCH_DEVICE"] == "cpu"
