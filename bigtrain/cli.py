@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from bigtrain.checkpoint import inspect_command
 from bigtrain.errors import BigtrainError, ConfigError
 
 if TYPE_CHECKING:
@@ -239,6 +240,9 @@ def plan(
             typer.echo(plan_command.compare(question, as_json=as_json))
         else:
             typer.echo(plan_command.show(question, as_json=as_json))
+
+
+app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
 
 
 @contextmanager

@@ -40,7 +40,9 @@ def test_the_version_is_told(folder: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "bigtrain 0.1.0\n")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("launch", "--help"), ("plan", "-h")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("launch", "--help"), ("plan", "-h"), ("inspect", "-h")]
+)
 def test_help_answers_at_once(folder: Path, arguments: tuple[str, ...]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
 

@@ -40,6 +40,10 @@ _LEFT = (
     "checkpoint/manifest.py",
     "checkpoint/staging.py",
     "checkpoint/find.py",
+    "checkpoint/foreign.py",
+    "checkpoint/inspect.py",
+    "checkpoint/inspect_command.py",
+    "checkpoint/writer.py",
     "checkpoint/verify.py",
     "checkpoint/torch_file.py",
 )

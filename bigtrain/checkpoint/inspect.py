@@ -371,7 +371,8 @@ def _tensor_lines(index: TensorIndex) -> Iterator[str]:
         shape = "×".join(map(str, entry.shape)) or "scalar"
         pieces = len(entry.extents)
         where = f"{pieces} pieces" if pieces != 1 else "1 piece"
-        yield f"{entry.name}  {entry.kind}  {entry.dtype.name}  {shape}  {where}"
+        size = _size(entry.nbytes)
+        yield f"{entry.name}  {entry.kind}  {entry.dtype.name}  {shape}  {size}  {where}"
 
 
 def _plain(value: Any) -> Any:

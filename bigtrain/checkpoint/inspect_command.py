@@ -5,16 +5,49 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from bigtrain.checkpoint.inspect import (
-    Inspection,
-    as_values,
-    describe,
-    differences,
-    inspect_checkpoint,
-    verify,
+import typer
+
+if TYPE_CHECKING:
+    from bigtrain.checkpoint.inspect import Inspection
+
+EXAMPLES = (
+    "\b\nExamples:\n"
+    "  bigtrain inspect runs/mine/checkpoint-500 --verify\n"
+    "  bigtrain inspect runs/mine/checkpoint-500 --diff runs/mine/checkpoint-400\n"
+    "  bigtrain inspect a-deepspeed-directory --tensors"
 )
+
+
+def inspect(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a directory of several."),
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read all of it, and check every hash or checksum.")
+    ] = False,
+    diff: Annotated[
+        Path | None,
+        typer.Option("--diff", metavar="OTHER", help="Which tensors differ, and by how much."),
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Show what a checkpoint holds: bigtrain's, DeepSpeed's, torch's, transformers', accelerate's.
+
+    Leaves with 1 where --verify finds a fault or --diff a difference.
+    """
+    code = run(
+        checkpoint,
+        check=verify,
+        other=diff,
+        all_tensors=tensors,
+        as_json=as_json,
+        say=typer.echo,
+    )
+    raise typer.Exit(code)
 
 
 def run(
@@ -31,6 +64,9 @@ def run(
     `check` verifies every hash; `other` is a checkpoint to compare with. Leaves with 1 when a fault
     or a difference was found. Raises CheckpointError.
     """
+    # Here, so that the command line's help answers at once.
+    from bigtrain.checkpoint.inspect import as_values, describe, inspect_checkpoint, verify
+
     found = inspect_checkpoint(path)
     faults = [_fault(fault) for fault in verify(found)] if check else None
     differing = _differing(found, other) if other is not None else None
@@ -49,6 +85,8 @@ def _fault(fault: Any) -> dict[str, Any]:
 
 
 def _differing(found: Inspection, other: Path) -> list[dict[str, Any]]:
+    from bigtrain.checkpoint.inspect import differences, inspect_checkpoint
+
     return [vars(each) for each in differences(found, inspect_checkpoint(other))]
 
 

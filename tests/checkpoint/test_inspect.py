@@ -1,0 +1,140 @@
+"""`bigtrain inspect`: what a checkpoint is, whether it is whole, and how two differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from typer.testing import CliRunner
+
+from bigtrain.checkpoint.inspect import inspect_checkpoint
+from bigtrain.cli import app
+from bigtrain.topology import RankInfo
+from tests.checkpoint.stand_in import StandIn, make_state, run_ranks, save
+
+
+def inspect(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["inspect", *map(str, arguments)])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+def save_sharded(world: RankInfo, target: Path, seed: int = 0) -> None:
+    save(target, StandIn(*make_state(seed), world=world, is_sharded=True))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """Two ranks' checkpoint of step 3."""
+    run_ranks(2, save_sharded, tmp_path / "checkpoint-3")
+    return tmp_path / "checkpoint-3"
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_engine_size_step_groups_and_tensors_are_told(sharded: Path) -> None:
+    code, text = inspect(sharded, "--tensors")
+
+    assert code == 0
+    assert "written by   stand_in on 2 ranks" in text
+    assert "step         3 (epoch 0.5, 36 samples seen)" in text
+    assert "convolution.weight  exp_avg  float32  3×5×3  180 bytes" in text
+    assert "group 1" in text
+    assert "weight_decay=0.1" in text
+
+
+def test_json_holds_the_same_for_programs(sharded: Path) -> None:
+    values = json.loads(inspect(sharded, "--json", "--verify")[1])
+
+    assert (values["step"], values["world_size"], values["committed"]) == (3, 2, True)
+    assert values["faults"] == []
+    shapes = {(t["name"], t["kind"]): t["shape"] for t in values["tensors"]}
+    assert shapes["frozen", "weight"] == [3, 11]
+    assert [group["weight_decay"] for group in values["param_groups"]] == [0.1, 0.0]
+
+
+def test_a_whole_directory_shows_its_newest(sharded: Path) -> None:
+    assert str(sharded) in inspect(sharded.parent)[1]
+
+
+def test_verifying_names_the_broken_file_and_the_tensors_in_it(sharded: Path) -> None:
+    assert inspect(sharded, "--verify")[0] == 0
+    path = max((sharded / "weights").glob("*.distcp"), key=lambda file: file.stat().st_size)
+    flip(path, path.stat().st_size // 2)
+
+    code, text = inspect(sharded, "--verify")
+
+    assert code == 1
+    assert f"{path}: bytes 0 to" in text
+    assert "holds embedding.weight (weight)" in text
+
+
+def test_verifying_names_a_missing_file(sharded: Path) -> None:
+    (sharded / "scheduler.pt").unlink()
+
+    code, text = inspect(sharded, "--verify")
+
+    assert code == 1
+    assert f"{sharded / 'scheduler.pt'}: is missing" in text
+
+
+def test_what_differs_is_told_with_how_much(tmp_path: Path, sharded: Path) -> None:
+    other = tmp_path / "other" / "checkpoint-3"
+    model, optimizer = make_state()
+    with torch.no_grad():
+        model.scale += 0.25
+        model.convolution.weight[0, 0, 0] -= 2
+    save(other, StandIn(model, optimizer, world=RankInfo(), is_sharded=False))
+
+    code, text = inspect(sharded, "--diff", other)
+
+    assert code == 1
+    assert "2 tensors differ" in text
+    assert "scale (weight): differs: 1 elements, at most by 0.25" in text
+    assert "convolution.weight (weight): differs: 1 elements, at most by 2" in text
+    assert inspect(sharded, "--diff", sharded)[0] == 0
+
+
+def test_a_checkpoint_that_is_still_written_is_shown_as_far_as_it_is(sharded: Path) -> None:
+    staging = sharded.rename(sharded.with_name("checkpoint-3.tmp"))
+    (staging / "manifest.json").unlink()
+    part = next(staging.rglob("rank-00000.json*"))
+    part.unlink()
+
+    code, text = inspect(staging)
+
+    assert code == 0
+    assert "not committed" in text
+    assert "the shares of 1 ranks" in text
+    assert inspect_checkpoint(staging).ranks_missing == (0,)
+
+
+def test_others_checksums_are_checked_where_there_are_any(tmp_path: Path) -> None:
+    path = tmp_path / "dcp"
+    dcp.save({"model": nn.Linear(8, 8).state_dict()}, checkpoint_id=path, no_dist=True)
+    assert inspect(path, "--verify")[0] == 0
+    file = next(path.glob("*.distcp"))
+    storage = file.read_bytes().index(b"data/0") + 200
+    flip(file, storage)
+
+    code, text = inspect(path, "--verify")
+
+    assert code == 1
+    assert str(file) in text
+    assert "(weight)" in text
+
+
+def test_a_path_without_a_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+
+    assert done.exit_code != 0
+    assert str(tmp_path) in str(done.exception)
