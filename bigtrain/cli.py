@@ -6,7 +6,6 @@ takes long to import is imported inside the commands, so that `--help` answers a
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from bigtrain import run_commands
 from bigtrain.checkpoint import inspect_command
+from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
 
 if TYPE_CHECKING:
     from bigtrain.layers import Override
-    from bigtrain.plan import RunPlan
 
 _ENGINES = "auto, single, ddp, fsdp, zero1, zero2 or zero3"
 
@@ -116,8 +116,10 @@ def _options(
     epilog="\b\nExamples:\n"
     "  bigtrain launch configs/quickstart.yaml --procs-per-node 2\n"
     "  bigtrain launch run.yaml --engine zero3 --set training.max_steps=100\n"
-    "  bigtrain launch train.py --procs-per-node 4 -- --learning-rate 1e-4"
+    "  bigtrain launch train.py --procs-per-node 4 -- --learning-rate 1e-4\n"
+    "  bigtrain launch run.yaml --slurm --nodes 4 --procs-per-node 8 --time 24:00:00"
 )
+@with_cluster_flags
 def launch(
     target: Target,
     script_args: ScriptArgs = None,
@@ -152,8 +154,10 @@ def launch(
         bool, typer.Option("--dry-run", help="Show the plan and the commands; start nothing.")
     ] = False,
     as_json: AsJson = False,
+    *,
+    where: ClusterFlags,
 ) -> None:
-    """Train on this machine: a run file, or a script of your own."""
+    """Train on this machine or on several: a run file, or a script of your own."""
     flags = {
         "engine.name": ("--engine", engine),
         "cluster.procs_per_node": ("--procs-per-node", procs_per_node),
@@ -163,18 +167,26 @@ def launch(
         "training.deepspeed": ("--deepspeed", deepspeed),
     }
     with _faults_told(as_json=as_json):
-        made = _make_plan(
-            target,
-            script_args=script_args,
+        from bigtrain.launch_command import Launch, run
+        from bigtrain.planning import Request
+
+        request = Request(
+            target=target,
+            script_args=tuple(script_args or ()),
             overrides=_overrides(set_, env, flags),
             resume=resume,
             accelerate_config=accelerate_config,
-            is_rehearsal=False,
         )
-        if dry_run:
-            _show_dry_run(made, as_json=as_json)
-            return
-        exit_code = _start(made, as_json=as_json)
+        exit_code = run(
+            Launch(
+                request=request,
+                where=where,
+                environment=os.environ,
+                working_dir=Path.cwd(),
+                dry_run=dry_run,
+                as_json=as_json,
+            )
+        )
     raise typer.Exit(exit_code)
 
 
@@ -243,6 +255,7 @@ def plan(
 
 
 app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
+run_commands.register(app)
 
 
 @contextmanager
@@ -279,57 +292,6 @@ def _overrides(
             raise ConfigError(f"--env {text}: write NAME=VALUE")
         found.append(Override(key=f"cluster.env.{name}", value=value, origin="flag --env"))
     return tuple(found)
-
-
-def _make_plan(
-    target: str,
-    *,
-    script_args: list[str] | None,
-    overrides: tuple[Override, ...],
-    resume: str | None,
-    accelerate_config: str | None,
-    is_rehearsal: bool,
-) -> RunPlan:
-    from bigtrain.planning import Request, Surroundings, make_plan
-
-    request = Request(
-        target=target,
-        script_args=tuple(script_args or ()),
-        overrides=overrides,
-        resume=resume,
-        accelerate_config=accelerate_config,
-    )
-    surroundings = Surroundings(
-        environment=os.environ, working_dir=Path.cwd(), is_rehearsal=is_rehearsal
-    )
-    return make_plan(request, surroundings)
-
-
-def _show_dry_run(plan: RunPlan, *, as_json: bool) -> None:
-    from bigtrain.cluster import local
-    from bigtrain.plan_report import report
-
-    commands = local.describe(plan)
-    if as_json:
-        shown = json.loads(plan.to_json())
-        typer.echo(json.dumps(shown | {"commands": commands}, indent=2))
-        return
-    typer.echo("\n".join((report(plan), "", "Commands", *(f"  {line}" for line in commands))))
-
-
-def _start(plan: RunPlan, *, as_json: bool) -> int:
-    """Record the plan, run it, and return the exit code of its ranks."""
-    from bigtrain.cluster import local
-    from bigtrain.console import open_console
-    from bigtrain.plan import write_plan
-    from bigtrain.planning.output_dir import plan_path
-
-    path = plan_path(plan)
-    write_plan(plan, path)
-    console = open_console(as_json=as_json)
-    why = plan.origins.get("engine.name", "")
-    console.say(f"engine {plan.engine.name}{f' ({why})' if 'auto' in why else ''}, plan {path}")
-    return local.launch(plan, path, console=console)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Faults are collected here too, so that all of them can be told at once, each wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,10 @@ class Layers:
         key = ".".join(path)
         place = f"{self.origin(path)}: {key}" if key else self._label
         self._faults.append(f"{place}: {what}")
+
+    def faults(self, told: Iterable[str]) -> None:
+        """Note faults that say themselves where they are."""
+        self._faults.extend(told)
 
     def origin(self, path: KeyPath) -> str:
         """Where the key, or else the nearest one around it, was said."""

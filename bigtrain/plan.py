@@ -64,6 +64,12 @@ class RunPlan:
     """Modules that the fork server imports once per node."""
     threads_per_rank: int = 1
     max_restarts: int = 0
+    slurm: Mapping[str, Any] = field(default_factory=dict)
+    """`cluster.slurm` as it was said: how the run becomes a job."""
+    interface: str | None = None
+    """The only network interface over which nodes meet; None: whichever all of them reach."""
+    join_timeout_s: int = 600
+    """How long all nodes have to come."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """`section.key` → where its value was said: `flag --engine`, `--set`, `run.yaml:12`.
 

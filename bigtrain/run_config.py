@@ -16,6 +16,7 @@ from pydantic_core import ErrorDetails
 
 from bigtrain.arguments.schema import Field, load_schema
 from bigtrain.arguments.values import did_you_mean, read_value
+from bigtrain.errors import ConfigError
 from bigtrain.layers import Layers, Override, lay
 from bigtrain.plan import SECRET_ADVICE, looks_secret
 from bigtrain.run_file import read_run_file
@@ -27,6 +28,7 @@ from bigtrain.sections import (
     Section,
     TokenizerSection,
 )
+from bigtrain.slurm.settings import read_settings
 
 _SECTIONS: Mapping[str, type[Section]] = {
     "model": ModelSection,
@@ -309,4 +311,11 @@ def _cluster(layers: Layers) -> ClusterSection | None:
             layers.fault(path, f"{value!r} is not text")
         elif not name or "=" in name or "\0" in f"{name}{value}":
             layers.fault(path, "not a name and value that an environment can hold")
+    slurm = section.get("slurm") if isinstance(section, Mapping) else None
+    if isinstance(slurm, Mapping):
+        origins = {key: layers.origin(("cluster", "slurm", key)) for key in slurm}
+        try:
+            read_settings(slurm, origins=origins)
+        except ConfigError as error:
+            layers.faults(error.faults)
     return _section(layers, "cluster", ClusterSection)

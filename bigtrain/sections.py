@@ -147,6 +147,9 @@ class ClusterSection(Section):
     start: Literal["fork", "fresh"] | None = None
     max_restarts: Annotated[int, Field(ge=0)] = 0
     env: dict[str, Any] = Field(default_factory=dict)
+    slurm: dict[str, Any] = Field(default_factory=dict)
+    interface: str | None = None
+    join_timeout_s: Count = 600
 
     def environment(self) -> Mapping[str, str]:
         """The variables as text: YAML reads `OMP_NUM_THREADS: 4` as a number."""

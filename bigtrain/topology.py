@@ -120,8 +120,12 @@ def _is_slurm_task(environment: Mapping[str, str]) -> bool:
     task: its step is one of the numbers that Slurm keeps for itself (slurm.h:
     SLURM_MAX_NORMAL_STEP_ID).
     """
-    step = environment.get("SLURM_STEP_ID", "")
-    return step.isdigit() and int(step) < 0xFFFFFFF0
+    return is_slurm_step(environment.get("SLURM_STEP_ID", ""))
+
+
+def is_slurm_step(number: str) -> bool:
+    """Whether a step's number is that of one which srun started."""
+    return number.isdigit() and int(number) < 0xFFFFFFF0
 
 
 def _read_ranks(

@@ -97,6 +97,9 @@ def test_the_plan_s_json_golden() -> None:
         "preload": ["torch"],
         "threads_per_rank": 1,
         "max_restarts": 0,
+        "slurm": {},
+        "interface": None,
+        "join_timeout_s": 600,
         "origins": {"training.bf16": "a b.yaml:3"},
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -65,6 +65,8 @@ class Surroundings:
     """True where nothing will start here: this machine's limits and output_dir don't count."""
     device_memory: int | None = None
     """Bytes of each rank's GPU, where it was said; the run is then one on GPUs."""
+    gpus_of_nodes: Callable[[ClusterSection], int] | None = None
+    """GPUs of each node that the run will have, where it starts on other machines than this."""
 
 
 def make_plan(request: Request, surroundings: Surroundings) -> RunPlan:
@@ -152,6 +154,7 @@ def plan_of(
         world=surroundings.world,
         is_rehearsal=surroundings.is_rehearsal,
         assumes_gpus=surroundings.device_memory is not None,
+        gpus_of_nodes=surroundings.gpus_of_nodes,
         origins=config.origins,
     )
     shape = read_shape(config.model, surroundings.working_dir)
@@ -228,6 +231,7 @@ def _plan_script(target: Path, request: Request, surroundings: Surroundings) -> 
         world=surroundings.world,
         is_rehearsal=surroundings.is_rehearsal,
         assumes_gpus=surroundings.device_memory is not None,
+        gpus_of_nodes=surroundings.gpus_of_nodes,
         origins=config.origins,
     )
     translation = translate(
@@ -296,6 +300,9 @@ def _launching(
         "start_reason": reason,
         "threads_per_rank": threads.per_rank(processes.topology.procs_per_node),
         "max_restarts": cluster.max_restarts,
+        "slurm": cluster.slurm,
+        "interface": cluster.interface,
+        "join_timeout_s": cluster.join_timeout_s,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -37,18 +37,30 @@ def choose_processes(
     world: RankInfo | None,
     is_rehearsal: bool,
     origins: Mapping[str, str],
+    gpus_of_nodes: Callable[[ClusterSection], int] | None = None,
     assumes_gpus: bool = False,
 ) -> Processes:
     """The processes that the sections ask for, or that this machine suggests.
 
+    `gpus_of_nodes` tells what the run's machines have, where this is none of them.
     `assumes_gpus`: plan for GPUs, though this machine may have none.
     `world` is the place that another launcher gave this process: then its numbers hold.
     Raises ConfigError where this machine can't carry them, unless it is a rehearsal.
     """
-    gpus = 0 if use_cpu else count_gpus({**environment, **cluster.environment()})
+    if use_cpu:
+        gpus = 0
+    elif gpus_of_nodes is not None:
+        gpus = gpus_of_nodes(cluster)
+    else:
+        gpus = count_gpus({**environment, **cluster.environment()})
+    if gpus_of_nodes is not None and cluster.procs_per_node is None and not gpus:
+        raise ConfigError(
+            "cluster.procs_per_node: say how many processes each node runs (--procs-per-node 8), "
+            "or how many GPUs it is to have (cluster.slurm.gpus_per_node)"
+        )
     nodes, procs, said = _numbers(cluster, gpus, world, origins)
     device: Device = "cuda" if gpus or (assumes_gpus and not use_cpu) else "cpu"
-    if not is_rehearsal and world is None:
+    if not is_rehearsal and world is None and gpus_of_nodes is None:
         _check_machine(procs, gpus=gpus, origin=origins.get("cluster.procs_per_node"))
     name, why = _engine(engine, asked_by_arguments, nodes * procs)
     topology = _topology(name, nodes, procs, engine.shard, origins)

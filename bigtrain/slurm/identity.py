@@ -12,25 +12,35 @@ from collections.abc import Mapping
 from bigtrain.cluster.rendezvous import DEFAULT_DEADLINE_S, Seat
 from bigtrain.errors import LaunchError
 from bigtrain.slurm import client, nodelist
+from bigtrain.topology import is_slurm_step as is_step
 
 TOKEN_VARIABLE = "BIGTRAIN_JOIN_TOKEN"
 ADDRESSES_VARIABLE = "BIGTRAIN_HEAD_ADDRESSES"
+RESTARTS_VARIABLE = "BIGTRAIN_JOB_RESTARTS"
+"""Starts of the run within this start of the job, on other nodes after some were lost."""
 
 
-def is_task(environment: Mapping[str, str]) -> bool:
-    """Whether this process is a task that srun started, and not a shell or a batch script."""
-    return "SLURM_PROCID" in environment and environment.get("SLURM_STEP_ID", "").isdigit()
+def tasks_of_step(environment: Mapping[str, str]) -> int:
+    """How many tasks srun started along with this one; 0 where this process is none."""
+    is_task = "SLURM_PROCID" in environment and is_step(environment.get("SLURM_STEP_ID", ""))
+    return _number(environment, "SLURM_STEP_NUM_TASKS", default=1) if is_task else 0
+
+
+def nodes_of_step(environment: Mapping[str, str]) -> int:
+    """On how many nodes srun started them."""
+    return _number(environment, "SLURM_STEP_NUM_NODES", default=1)
 
 
 def is_task_per_node(environment: Mapping[str, str]) -> bool:
     """Whether srun started exactly one task on every node: an agent, and not a rank."""
-    tasks, nodes = environment.get("SLURM_STEP_NUM_TASKS"), environment.get("SLURM_STEP_NUM_NODES")
-    return is_task(environment) and tasks is not None and tasks == nodes
+    tasks = tasks_of_step(environment)
+    return tasks > 0 and tasks == nodes_of_step(environment)
 
 
 def restart_count(environment: Mapping[str, str]) -> int:
-    """How often Slurm has put this job back into the queue."""
-    return _number(environment, "SLURM_RESTART_COUNT", default=0)
+    """How often this job was started before: by Slurm out of the queue, or within its nodes."""
+    names = ("SLURM_RESTART_COUNT", RESTARTS_VARIABLE)
+    return sum(_number(environment, name, default=0) for name in names)
 
 
 def read_seat(

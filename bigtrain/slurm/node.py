@@ -36,9 +36,11 @@ def main() -> None:
 
 
 def _run(paths: list[str], environment: Mapping[str, str]) -> int:
-    seat = identity.read_seat(environment)
     path = Path(_choose(paths, environment))
     plan = read_plan(path)
+    seat = identity.read_seat(
+        environment, interface=plan.interface, deadline_s=float(plan.join_timeout_s)
+    )
     restarts = identity.restart_count(environment)
     console = open_console()
     if seat.node_rank == 0:

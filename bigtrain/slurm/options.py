@@ -100,14 +100,20 @@ def read_options(said: Mapping[str, Any], *, origins: Mapping[str, str]) -> dict
     for key, value in said.items():
         try:
             name = _long_name(key)
-            if value is False:
-                continue
-            options[name] = _read_value(name, value)
+            options.pop(name, None)  # in another spelling
+            if value is not False:
+                options[name] = _read_value(name, value)
         except ValueError as fault:
-            faults.append(f"{origins.get(key, 'cluster.slurm')}: {key}: {fault}")
+            faults.append(f"{place_of(key, origins)}: {fault}")
     if faults:
         raise ConfigError(faults)
     return options
+
+
+def place_of(key: str, origins: Mapping[str, str]) -> str:
+    """Where an option was said, and its whole name."""
+    origin = origins.get(key)
+    return f"{origin}: cluster.slurm.{key}" if origin else f"cluster.slurm.{key}"
 
 
 def is_container_option(name: str) -> bool:

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigtrain.errors import ConfigError
-from bigtrain.slurm.options import read_options
+from bigtrain.plan import SECRET_ADVICE, looks_secret
+from bigtrain.slurm.options import place_of, read_options
 
 _SHORTEST_LEAD_S = 120
+# `NAME=value` in bash; a value that begins so is not written there but found when the job runs.
+_ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_]\w*)=[\"']?([^\s\"']+)")
+_COMPUTED = ("$", "`", "<")
 _GPU_COUNT = re.compile(r"(?:.*:)?(\d+)(?:\(.*\))?")
 
 
@@ -32,6 +36,8 @@ class SlurmSettings:
     """Run a copy of the code as it was at submission."""
     max_requeues: int = 20
     """How often the job is put back into the queue when it had to stop early."""
+    spare_nodes: int = 0
+    """Nodes more than the run needs: it goes on at once on one of them when another is lost."""
 
     @property
     def gpus_per_node(self) -> int | None:
@@ -61,7 +67,7 @@ def read_settings(
         try:
             ours[key] = read(section[key])
         except ValueError as fault:
-            faults.append(f"{origins.get(key, 'cluster.slurm')}: {key}: {fault}")
+            faults.append(f"{place_of(key, origins)}: {fault}")
     others = {key: value for key, value in section.items() if key not in _OWN_KEYS}
     try:
         options = read_options(others, origins=origins)
@@ -111,11 +117,19 @@ def _count(value: Any) -> int:
     return value
 
 
+def _setup(value: Any) -> str:
+    for name, said in _ASSIGNMENT.findall(_text(value)):
+        if looks_secret(name) and said[:1] not in _COMPUTED:
+            raise ValueError(f"{name}: {SECRET_ADVICE}")
+    return str(value)
+
+
 _OWN_KEYS = {
     "modules": _words,
-    "setup": _text,
+    "setup": _setup,
     "python": _text,
     "template": _text,
     "snapshot": _truth,
     "max_requeues": _count,
+    "spare_nodes": _count,
 }

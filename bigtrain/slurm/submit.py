@@ -11,6 +11,8 @@ from pathlib import Path
 from bigtrain.cluster.rank import package_root
 from bigtrain.errors import ConfigError, LaunchError
 from bigtrain.plan import RunPlan, write_plan
+from bigtrain.planning.output_dir import plan_path
+from bigtrain.sections import ClusterSection
 from bigtrain.share import bundled_file
 from bigtrain.slurm import client
 from bigtrain.slurm.partition import survey
@@ -23,7 +25,7 @@ from bigtrain.slurm.provenance import (
 )
 from bigtrain.slurm.record import SubmissionRecord, record_path, remember
 from bigtrain.slurm.script import JobRequest, render
-from bigtrain.slurm.settings import SlurmSettings
+from bigtrain.slurm.settings import SlurmSettings, read_settings
 
 _DEFAULT_TEMPLATE = "train.sbatch"
 
@@ -76,9 +78,16 @@ def submit(
     return Submission(job_id=job_id, script=script, log=log.replace("%j", job_id))
 
 
-def plan_path(plan: RunPlan) -> Path:
-    """Where a plan lies in its run."""
-    return Path(plan.output_dir) / "plans" / f"attempt-{plan.attempt:02d}.json"
+def gpus_of_nodes(cluster: ClusterSection) -> int:
+    """GPUs that each node of the job will have: as asked for, or one for every process.
+
+    None of them if the partition's nodes have none. This machine's own are not looked at.
+    """
+    settings = read_settings(cluster.slurm)
+    if settings.gpus_per_node is not None:
+        return settings.gpus_per_node
+    shape = survey(settings.options.get("partition"))
+    return 0 if shape is not None and shape.gpus == 0 else cluster.procs_per_node or 0
 
 
 def _several(plans: RunPlan | Sequence[RunPlan]) -> tuple[RunPlan, ...]:

@@ -49,19 +49,19 @@ def test_all_faults_are_told_at_once_with_their_place_and_the_fix() -> None:
         "nodes": 3,
         "hold": "maybe",
         "qos": True,
-        "comment": "two\nlines",
+        "comment": "two\nrows",
         "mem": {"a": 1},
     }
     origins = {key: f"run.yaml:{line}" for line, key in enumerate(said, start=10)}
     with pytest.raises(ConfigError) as caught:
         read_options(said, origins=origins)
     assert caught.value.faults == (
-        "run.yaml:10: partiton: sbatch has no such option; did you mean 'partition'?",
-        "run.yaml:11: nodes: bigtrain sets it itself: it follows from --nodes",
-        "run.yaml:12: hold: it takes no value, and has 'maybe'; use true or false",
-        "run.yaml:13: qos: it needs a value",
-        "run.yaml:14: comment: 'two\\nlines' can't be written in one line of a script",
-        "run.yaml:15: mem: {'a': 1} is neither text, a number nor a list of these",
+        "run.yaml:10: cluster.slurm.partiton: sbatch has no such option; did you mean 'partition'?",
+        "run.yaml:11: cluster.slurm.nodes: bigtrain sets it itself: it follows from --nodes",
+        "run.yaml:12: cluster.slurm.hold: it takes no value, and has 'maybe'; use true or false",
+        "run.yaml:13: cluster.slurm.qos: it needs a value",
+        "run.yaml:14: cluster.slurm.comment: 'two\\nrows' can't be written in one line of a script",
+        "run.yaml:15: cluster.slurm.mem: {'a': 1} is neither text, a number nor a list of these",
     )
 
 

@@ -38,9 +38,9 @@ def test_faults_of_own_keys_and_of_options_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings({"modules": 3, "max_requeues": -1, "qoss": "high"})
     assert caught.value.faults == (
-        "cluster.slurm: modules: 3 is not a list of module names",
-        "cluster.slurm: max_requeues: -1 is not a whole number from 0 on",
-        "cluster.slurm: qoss: sbatch has no such option; did you mean 'qos'?",
+        "cluster.slurm.modules: 3 is not a list of module names",
+        "cluster.slurm.max_requeues: -1 is not a whole number from 0 on",
+        "cluster.slurm.qoss: sbatch has no such option; did you mean 'qos'?",
     )
 
 

@@ -1,0 +1,322 @@
+"""`bigtrain launch`: where a run takes place, and its start there.
+
+--slurm                              a job is submitted, and the command comes back
+a task of srun's, one per node       this node's share of a run over the step's nodes
+a task of srun's, one per rank       this rank
+--node-rank K --rdzv-endpoint …      this machine's share, started by hand on each
+--nodes 2:4 --rdzv-endpoint …        the same, with as many machines as there are: torchrun
+else                                 this machine alone
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import typer
+
+from bigtrain.cluster import environment as rank_environment
+from bigtrain.cluster import local, nodes
+from bigtrain.cluster.rendezvous import Seat
+from bigtrain.cluster_flags import ClusterFlags
+from bigtrain.console import open_console
+from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
+from bigtrain.layers import Override, parse_assignment
+from bigtrain.plan import RunPlan, write_plan
+from bigtrain.plan_report import report
+from bigtrain.planning import Request, Surroundings, make_plan
+from bigtrain.planning.output_dir import plan_path
+from bigtrain.slurm import identity
+
+_RUN_FILES = (".yaml", ".yml")
+_ELASTIC_RESTARTS = 3
+"""How often the ranks start anew when machines come or go, unless --max-restarts says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What was asked for, and by whom."""
+
+    request: Request
+    where: ClusterFlags
+    environment: Mapping[str, str]
+    working_dir: Path
+    dry_run: bool = False
+    as_json: bool = False
+
+    def plan(self, *more: Override, is_job: bool = False) -> RunPlan:
+        """The plan with `more` said on top. `is_job`: it runs on nodes that Slurm will give."""
+        from bigtrain.slurm.submit import gpus_of_nodes
+
+        said = (*self.request.overrides, *self.where.overrides(), *more)
+        surroundings = Surroundings(
+            environment=self.environment,
+            working_dir=self.working_dir,
+            gpus_of_nodes=gpus_of_nodes if is_job else None,
+        )
+        return make_plan(dataclasses.replace(self.request, overrides=said), surroundings)
+
+    def nodes(self) -> tuple[Override, ...]:
+        """`--nodes`, where it was given."""
+        number = self.where.number_of_nodes()
+        return () if number is None else (_nodes(number, "flag --nodes"),)
+
+
+def run(launch: Launch) -> int:
+    """Start the run, or show what would start; the exit code."""
+    where, environment = launch.where, launch.environment
+    tasks = identity.tasks_of_step(environment)
+    if where.slurm:
+        return _submit(launch)
+    where.refuse_slurms()
+    if where.nodes is not None and ":" in where.nodes:
+        return _elastic(launch)
+    if where.node_rank is not None or where.rdzv_endpoint is not None:
+        return _on_this_machine_of_several(launch)
+    if tasks > 1 and identity.is_task_per_node(environment):
+        return _on_this_node_of_step(launch)
+    if tasks > 1:
+        return _as_rank_of_step(launch)
+    return _here(launch)
+
+
+# This machine alone
+
+
+def _here(launch: Launch) -> int:
+    made = launch.plan(*launch.nodes())
+    if launch.dry_run:
+        return _show(made, local.describe(made), as_json=launch.as_json)
+    path = plan_path(made)
+    if made.topology.nodes > 1:
+        raise UnsupportedError(_how_to_use_nodes(made.topology.nodes, launch))
+    write_plan(made, path)
+    console = open_console(as_json=launch.as_json)
+    why = made.origins.get("engine.name", "")
+    console.say(f"engine {made.engine.name}{f' ({why})' if 'auto' in why else ''}, plan {path}")
+    return local.launch(made, path, console=console)
+
+
+def _show(plan: RunPlan, commands: Sequence[str], *, as_json: bool) -> int:
+    if as_json:
+        shown = json.loads(plan.to_json())
+        typer.echo(json.dumps(shown | {"commands": list(commands)}, indent=2))
+    else:
+        lines = [f"  {line}" for line in commands]
+        typer.echo("\n".join((report(plan), "", "Commands", *lines)))
+    return 0
+
+
+def _how_to_use_nodes(number: int, launch: Launch) -> str:
+    if "SLURM_JOB_ID" in launch.environment:
+        return (
+            f"the run is for {number} nodes, and this is a shell on one of them; start it with "
+            "srun --ntasks-per-node=1 bigtrain launch …"
+        )
+    return (
+        f"the run is for {number} nodes, and this machine is one; add --slurm to submit it, or "
+        "start it on each machine with --node-rank K --rdzv-endpoint HOST:PORT"
+    )
+
+
+# A Slurm job
+
+
+def _submit(launch: Launch) -> int:
+    from bigtrain.slurm.settings import read_settings
+    from bigtrain.slurm.submit import describe, submit
+
+    if identity.tasks_of_step(launch.environment):
+        raise ConfigError("flag --slurm: this is a task of a Slurm job already; leave it out")
+    if launch.where.node_rank is not None or launch.where.rdzv_endpoint is not None:
+        raise ConfigError("flag --slurm: Slurm knows the nodes; leave --node-rank and "
+                          "--rdzv-endpoint out")  # fmt: skip
+    plans = _plans_of_job(launch)
+    settings = read_settings(plans[0].slurm, origins=_origins_of_options(plans[0]))
+    if launch.dry_run:
+        typer.echo(describe(plans, settings=settings), nl=False)
+        return 0
+    taken = submit(plans, settings=settings, environment=launch.environment)
+    if launch.as_json:
+        typer.echo(json.dumps({"kind": "submitted", "job_id": taken.job_id, "log": taken.log}))
+    else:
+        typer.echo(f"job {taken.job_id}, {_shape(plans)}\nlog {taken.log}")
+    return 0
+
+
+def _plans_of_job(launch: Launch) -> list[RunPlan]:
+    """One plan, or one for each combination of the values that `--sweep` names."""
+    first = launch.plan(*launch.nodes(), is_job=True)
+    if not launch.where.sweep:
+        return [first]
+    axes = [_axis(text) for text in launch.where.sweep]
+    plans = []
+    for point in itertools.product(*axes):
+        label = ",".join(f"{o.key.rpartition('.')[2]}={_plain(o.value)}" for o in point)
+        own = (
+            Override(key="output_dir", value=f"{first.output_dir}/{label}", origin="--sweep"),
+            Override(key="name", value=f"{first.name}/{label}", origin="--sweep"),
+        )
+        plans.append(launch.plan(*launch.nodes(), *point, *own, is_job=True))
+    return plans
+
+
+def _axis(text: str) -> list[Override]:
+    """`training.learning_rate=1e-4,3e-4` as one override for each value."""
+    key, separator, values = text.partition("=")
+    if not separator or not all(values.split(",")):
+        raise ConfigError(f"--sweep {text}: write section.key=value,value")
+    found = [parse_assignment(f"{key}={value}") for value in values.split(",")]
+    return [dataclasses.replace(override, origin="--sweep") for override in found]
+
+
+def _plain(value: object) -> str:
+    return "".join(c if c.isalnum() or c in "-+._" else "_" for c in str(value))
+
+
+def _shape(plans: Sequence[RunPlan]) -> str:
+    topology = plans[0].topology
+    shape = f"{topology.nodes} × {topology.procs_per_node} ranks on {plans[0].device}"
+    return f"an array of {len(plans)} runs, {shape} each" if len(plans) > 1 else shape
+
+
+def _origins_of_options(plan: RunPlan) -> dict[str, str]:
+    prefix = "cluster.slurm."
+    found = plan.origins.items()
+    return {key.removeprefix(prefix): said for key, said in found if key.startswith(prefix)}
+
+
+# A share of a run over several machines
+
+
+def _on_this_node_of_step(launch: Launch) -> int:
+    number = identity.nodes_of_step(launch.environment)
+    asked = launch.where.number_of_nodes()
+    if asked not in (None, number):
+        raise ConfigError(f"flag --nodes: {asked}, and this step of srun's has {number} nodes")
+    seat = identity.read_seat(launch.environment)
+    restarts = identity.restart_count(launch.environment)
+    return _take_seat(launch, seat, _nodes(number, "srun"), is_restart=restarts > 0)
+
+
+def _on_this_machine_of_several(launch: Launch) -> int:
+    where = launch.where
+    number, rank, endpoint = where.number_of_nodes(), where.node_rank, where.rdzv_endpoint
+    if number is None or rank is None or endpoint is None:
+        raise ConfigError(
+            "--nodes N, --node-rank K and --rdzv-endpoint HOST:PORT go together: the same N and "
+            "endpoint on each machine, K from 0 on, and HOST the machine of --node-rank 0"
+        )
+    host, port = _endpoint(endpoint)
+    secret = launch.environment.get(identity.TOKEN_VARIABLE, "")
+    seat = Seat(
+        node_rank=rank,
+        num_nodes=number,
+        host=platform.node(),
+        job=endpoint,
+        token=hashlib.sha256(f"{endpoint} {launch.request.target} {secret}".encode()).digest(),
+        head_names=(host,),
+        port=port,
+    )
+    return _take_seat(launch, seat, _nodes(number, "flag --nodes"), is_restart=False)
+
+
+def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool) -> int:
+    """Every node plans for itself; when they meet, they find out whether they plan the same."""
+    try:
+        made = launch.plan(number)
+    except BigtrainError as error:
+        if seat.node_rank == 0:
+            raise
+        raise LaunchError(f"{seat.host}: {error}") from None
+    if is_restart:
+        made = dataclasses.replace(made, resume="auto")
+    if launch.dry_run:
+        return _show(made, local.describe(made), as_json=launch.as_json)
+    return nodes.launch(
+        made,
+        plan_path(made),
+        seat=dataclasses.replace(
+            seat, interface=made.interface, deadline_s=float(made.join_timeout_s)
+        ),
+        console=open_console(as_json=launch.as_json),
+        inherited=launch.environment,
+    )
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    host, separator, port = text.rpartition(":")
+    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"flag --rdzv-endpoint: {text!r} is not HOST:PORT, as in node1:29400")
+    return host.strip("[]"), int(port)
+
+
+# Another launcher's ranks
+
+
+def _as_rank_of_step(launch: Launch) -> NoReturn:
+    """This very process becomes the rank: Slurm's variables say which one."""
+    _refuse_script(launch, "start one task per node (srun --ntasks-per-node=1), which forks them")
+    _become([sys.executable, "-m", "bigtrain.worker", *_words(launch)], launch.environment)
+
+
+def _elastic(launch: Launch) -> NoReturn:
+    """torch elastic's own agent: it negotiates who takes part, and starts the ranks anew when
+    machines come or go."""
+    where = launch.where
+    if where.rdzv_endpoint is None or where.node_rank is not None:
+        raise ConfigError(
+            f"flag --nodes {where.nodes}: an elastic run needs --rdzv-endpoint HOST:PORT, the same "
+            "on every machine, and no --node-rank: ranks are given out as machines come"
+        )
+    low, _, high = str(where.nodes).partition(":")
+    if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
+        raise ConfigError(f"flag --nodes: {where.nodes!r} is not a range of numbers, as in 2:4")
+    _refuse_script(launch, "use torchrun itself for a script of your own")
+    made = launch.plan(_nodes(int(low), "flag --nodes"))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(where.nodes)),
+        *("--nproc-per-node", str(made.topology.procs_per_node)),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", where.rdzv_endpoint),
+        *("--rdzv-id", made.name, "--max-restarts", str(made.max_restarts or _ELASTIC_RESTARTS)),
+        *("-m", "bigtrain.worker", *_words(launch)),
+    ]
+    _become(command, rank_environment.for_node(made, inherited=launch.environment))
+
+
+def _refuse_script(launch: Launch, advice: str) -> None:
+    if Path(launch.request.target).suffix not in _RUN_FILES:
+        raise UnsupportedError(f"{launch.request.target} is a script; {advice}")
+    if launch.request.accelerate_config is not None:
+        raise UnsupportedError(
+            "flag --accelerate-config: not where another launcher starts the ranks; say the same "
+            "in the run file"
+        )
+
+
+def _words(launch: Launch) -> list[str]:
+    """The worker's arguments: all that was said, as `--set`."""
+    said = (*launch.request.overrides, *launch.where.overrides())
+    words = [launch.request.target]
+    for override in said:
+        words += ["--set", f"{override.key}={json.dumps(override.value)}"]
+    return words + (["--resume", launch.request.resume] if launch.request.resume else [])
+
+
+def _become(command: Sequence[str], environment: Mapping[str, str]) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], list(command), dict(environment))
+
+
+def _nodes(number: int, origin: str) -> Override:
+    return Override(key="cluster.nodes", value=number, origin=origin)

@@ -1,0 +1,147 @@
+"""`bigtrain jobs`, `bigtrain cancel` and `bigtrain logs`: runs that were started before."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bigtrain.errors import ConfigError, LaunchError
+
+_POLL_S = 0.5
+
+Run = Annotated[
+    str, typer.Argument(metavar="RUN", help="A job's number, a run's name, or its output_dir.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to bigtrain's own."""
+    app.command()(jobs)
+    app.command()(cancel)
+    app.command(
+        epilog="\b\nExamples:\n"
+        "  bigtrain logs runs/quickstart --rank 3\n"
+        "  bigtrain logs 4711 --node node2 --grep error --since 10m --follow"
+    )(logs)
+
+
+def jobs(
+    ended: Annotated[bool, typer.Option("--ended", help="Also those that have ended.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """List the Slurm jobs that you have submitted: state, last step, where."""
+    from bigtrain.slurm.jobs import list_jobs
+
+    found = list_jobs(environment=os.environ, ended=ended)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(job) for job in found], indent=2))
+        return
+    if not found:
+        typer.echo("no jobs" if ended else "no jobs in the queue (--ended: those of the past)")
+        return
+    rows = [("JOB", "NAME", "STATE", "STEP", "ELAPSED", "NODES", "OUTPUT")]
+    for job in found:
+        state = f"{job.state} ({job.reason})" if job.reason else job.state
+        step = "-" if job.last_step is None else str(job.last_step)
+        rows.append(
+            (job.job_id, job.name, state, step, job.elapsed, str(job.nodes), job.output_dir)
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo("  ".join(cells).rstrip())
+
+
+def cancel(run: Run) -> None:
+    """End a Slurm job for good; its ranks save first."""
+    from bigtrain.slurm import jobs as slurm_jobs
+
+    typer.echo(f"job {slurm_jobs.cancel(run, environment=os.environ)} is told to end")
+
+
+def logs(
+    run: Run,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", metavar="K", help="Of this rank. Repeat.")
+    ] = None,
+    node: Annotated[
+        list[str] | None,
+        typer.Option("--node", metavar="HOST|K", help="Of this node. Repeat."),
+    ] = None,
+    grep: Annotated[
+        str | None, typer.Option("--grep", metavar="PATTERN", help="Lines that match.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option("--since", metavar="10m|TIME", help="Lines from then on.")
+    ] = None,
+    attempt: Annotated[
+        int | None, typer.Option("--attempt", metavar="N", help="Default: the newest.")
+    ] = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on as the logs grow; Ctrl-C ends it.")
+    ] = False,
+) -> None:
+    """Show the logs of all nodes and ranks of a run as one, in the order of time."""
+    from bigtrain.cluster.run_logs import read_since
+
+    start = 0.0 if since is None else read_since(since, now=time.time())
+    try:
+        pattern = re.compile(grep or "")
+    except re.error as error:
+        raise ConfigError(f"flag --grep: {grep!r} is no regular expression: {error}") from None
+    place = _output_dir(run)
+    lines = _lines(place, attempt, ranks=rank or [], nodes=node or [], follow=follow)
+    try:
+        for when, label, text in lines:
+            if when >= start and pattern.search(text):
+                typer.echo(f"[{label}] {text}")
+    except (KeyboardInterrupt, BrokenPipeError):
+        os._exit(0)  # whoever reads has seen enough; nothing is left to be written
+
+
+def _output_dir(run: str) -> Path:
+    if (Path(run) / "logs").is_dir():
+        return Path(run)
+    from bigtrain.slurm.jobs import find_job
+
+    try:
+        return Path(find_job(run, environment=os.environ).output_dir)
+    except LaunchError:
+        raise ConfigError(
+            f"{run} is neither a run's output directory (it has no logs) nor a job or run that "
+            "bigtrain submitted"
+        ) from None
+
+
+def _lines(
+    place: Path, number: int | None, *, ranks: list[int], nodes: list[str], follow: bool
+) -> Iterator[tuple[float, str, str]]:
+    """Time, label and text of every line; with `follow` also of those to come, for ever."""
+    from bigtrain.cluster.run_logs import Reader, attempts, merged, sources
+
+    readers: dict[Path, Reader] = {}
+    while True:
+        folders = attempts(place)
+        chosen = [f for f in folders if number is None or f.name == f"attempt-{number:02d}"]
+        if not chosen and not follow:
+            there = ", ".join(folder.name for folder in folders) or "none"
+            raise ConfigError(f"{place} has no logs of that attempt; there are {there}")
+        for source in sources(chosen[-1], ranks=ranks, nodes=nodes) if chosen else ():
+            readers.setdefault(source.path, Reader(source))
+        if not readers and not follow:
+            raise ConfigError(f"{chosen[-1]} has no log of that rank or node")
+        if follow:
+            new = sorted(line for r in readers.values() for line in r.lines(is_final=False))
+        for line in new if follow else merged(list(readers.values())):
+            yield line.time, line.label, line.text
+        if not follow:
+            return
+        time.sleep(_POLL_S)

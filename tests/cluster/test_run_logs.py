@@ -1,0 +1,75 @@
+"""The logs of all nodes and ranks as one: in time, by rank, by node, and as they grow."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from bigtrain.cluster.run_logs import Reader, attempts, merged, read_since, sources
+from bigtrain.errors import ConfigError
+
+
+@pytest.fixture
+def attempt(tmp_path: Path) -> Path:
+    folder = tmp_path / "logs" / "attempt-01"
+    texts = {
+        "node-000-rack1/agent.log": "2026-01-02 10:00:00.500 rank 0 is pid 7\n",
+        "node-000-rack1/rank-00000.log": (
+            "a banner without a time\n"
+            "2026-01-02 10:00:01,000 INFO x: first\n"
+            "  its second line\n"
+            "2026-01-02 10:00:03,000 INFO x: third\n"
+        ),
+        "node-001-rack2/rank-00001.log": "2026-01-02 10:00:02,000 INFO x: second\n",
+        "node-001-rack2/store.log": "not a rank's\n",
+    }
+    for name, text in texts.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def _texts(readers: list[Reader]) -> list[str]:
+    return [f"[{line.label}] {line.text}" for line in merged(readers)]
+
+
+def test_lines_are_in_the_order_of_time_and_those_without_one_keep_their_place(
+    attempt: Path,
+) -> None:
+    assert attempts(attempt.parents[1]) == [attempt]
+    assert _texts([Reader(source) for source in sources(attempt)]) == [
+        "[rack1:agent] 2026-01-02 10:00:00.500 rank 0 is pid 7",
+        "[rack1:0] a banner without a time",
+        "[rack1:0] 2026-01-02 10:00:01,000 INFO x: first",
+        "[rack1:0]   its second line",
+        "[rack2:1] 2026-01-02 10:00:02,000 INFO x: second",
+        "[rack1:0] 2026-01-02 10:00:03,000 INFO x: third",
+    ]
+
+
+def test_ranks_and_nodes_are_chosen_by_number_or_name(attempt: Path) -> None:
+    assert [source.label for source in sources(attempt, ranks=[1])] == ["rack2:1"]
+    assert [source.label for source in sources(attempt, nodes=["rack2"])] == ["rack2:1"]
+    assert [source.label for source in sources(attempt, nodes=["0"])] == ["rack1:agent", "rack1:0"]
+
+
+def test_a_reader_goes_on_where_it_was_and_waits_for_the_end_of_a_line(attempt: Path) -> None:
+    (source,) = sources(attempt, ranks=[1])
+    reader = Reader(source)
+    assert len(list(reader.lines(is_final=False))) == 1
+    with source.path.open("a") as file:
+        file.write("half a l")
+    assert list(reader.lines(is_final=False)) == []
+    with source.path.open("a") as file:
+        file.write("ine\n12%\r57%\r100%\n")
+    assert [line.text for line in reader.lines(is_final=False)] == ["half a line", "100%"]
+
+
+def test_since_is_a_span_or_a_time() -> None:
+    assert read_since("10m", now=1000.0) == 400.0
+    expected = time.mktime((2026, 1, 31, 12, 0, 0, 0, 0, -1))
+    assert read_since("2026-01-31 12:00", now=0.0) == expected
+    with pytest.raises(ConfigError, match="'yesterday' is neither 10m"):
+        read_since("yesterday", now=0.0)

@@ -1,0 +1,174 @@
+"""`bigtrain launch` for several machines, as far as that needs no cluster."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).with_name("golden")
+RUN = """\
+name: tiny
+model:
+  config: {model_type: llama, hidden_size: 64}
+tokenizer: {kind: bytes}
+data: {name: builtin:python-docs, sequence_length: 128}
+engine: fsdp
+cluster:
+  procs_per_node: 8
+  slurm:
+    partition: gpu
+    time: 24:00:00
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def _launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "bigtrain", "launch", "run.yaml", *words],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def _options(script: str) -> list[str]:
+    return [line.split("#SBATCH ")[1] for line in script.splitlines() if line[:7] == "#SBATCH"]
+
+
+def test_a_dry_run_prints_the_batch_script_and_writes_nothing(folder: Path) -> None:
+    done = _launch(folder, "--slurm", "--nodes", "4", "--dry-run", "--sbatch", "qos=high")
+
+    assert done.returncode == 0, done.stderr
+    options = _options(done.stdout)
+    assert options == [
+        "--job-name=tiny",
+        "--nodes=4",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=8",
+        f"--output={folder}/runs/tiny/slurm-%j.out",
+        "--open-mode=append",
+        "--requeue",
+        "--signal=USR2@120",
+        "--partition=gpu",
+        "--time=24:00:00",
+        "--qos=high",
+    ]
+    assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
+
+
+def test_flags_win_over_the_run_file_in_any_spelling(folder: Path) -> None:
+    flags = ["--time", "1:00", "--sbatch", "p=debug", "--sbatch", "--cpus-per-gpu=4"]
+    flags += ["--signal", "USR2@300", "--max-requeues", "3", "--container-image", "a/b.sqsh"]
+
+    done = _launch(folder, "--slurm", "--dry-run", *flags)
+
+    options = _options(done.stdout)
+    assert [o for o in options if o.startswith(("--time", "--part", "--signal", "--cpus"))] == [
+        "--signal=USR2@300",
+        "--time=1:00",
+        "--partition=debug",
+        "--cpus-per-gpu=4",
+    ]
+    assert "max_requeues=3\n" in done.stdout
+    assert "  --container-image=a/b.sqsh\n" in done.stdout
+
+
+def test_a_sweep_is_an_array_with_a_plan_for_every_combination(folder: Path) -> None:
+    axes = ["--sweep", "training.learning_rate=1e-4,3e-4", "--sweep", "training.seed=1,2"]
+
+    done = _launch(folder, "--slurm", "--dry-run", *axes)
+
+    assert done.returncode == 0, done.stderr
+    assert "--array=0-3" in _options(done.stdout)
+    assert "runs/tiny/learning_rate=0.0003,seed=2/plans/attempt-01.json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (
+            ["--slurm", "--sbatch", "partiton=gpu"],
+            "flag --sbatch: cluster.slurm.partiton: sbatch has no such option; "
+            "did you mean 'partition'?",
+        ),
+        (
+            ["--slurm", "--set", "cluster.slurm.qoss=high"],
+            "--set: cluster.slurm.qoss: sbatch has no such option; did you mean 'qos'?",
+        ),
+        (
+            ["--slurm", "--set", "cluster.procs_per_node=null"],
+            "cluster.procs_per_node: say how many processes each node runs (--procs-per-node 8), "
+            "or how many GPUs it is to have (cluster.slurm.gpus_per_node)",
+        ),
+        (
+            ["--slurm", "--set", "cluster.slurm.setup=export HF_TOKEN=hf_abc"],
+            "--set: cluster.slurm.setup: HF_TOKEN: a secret's value must not be written into a "
+            "plan; export it where bigtrain is started, and every rank inherits it",
+        ),
+        (
+            ["--slurm", "--sbatch", "gpus-per-node=4"],
+            "8 processes on each node need 8 GPUs, and cluster.slurm asks for 4; use "
+            "--procs-per-node 4",
+        ),
+        (
+            ["--snapshot"],
+            "flag --snapshot: it is for a Slurm job; add --slurm, or leave it out",
+        ),
+        (
+            ["--nodes", "2", "--procs-per-node", "1"],
+            "the run is for 2 nodes, and this machine is one; add --slurm to submit it, or start "
+            "it on each machine with --node-rank K --rdzv-endpoint HOST:PORT",
+        ),
+        (
+            ["--nodes", "two"],
+            "flag --nodes: 'two' is not a whole number from 1 on",
+        ),
+        (
+            ["--node-rank", "0"],
+            "--nodes N, --node-rank K and --rdzv-endpoint HOST:PORT go together: the same N and "
+            "endpoint on each machine, K from 0 on, and HOST the machine of --node-rank 0",
+        ),
+        (
+            ["--nodes", "2", "--node-rank", "0", "--rdzv-endpoint", "node1"],
+            "flag --rdzv-endpoint: 'node1' is not HOST:PORT, as in node1:29400",
+        ),
+        (
+            ["--nodes", "2:4"],
+            "flag --nodes 2:4: an elastic run needs --rdzv-endpoint HOST:PORT, the same on every "
+            "machine, and no --node-rank: ranks are given out as machines come",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_way_out(
+    folder: Path, words: list[str], text: str
+) -> None:
+    done = _launch(folder, *words)
+
+    assert (done.returncode, done.stderr) == (2, f"error: {text}\n")
+    assert not (folder / "runs").exists()
+
+
+def test_without_slurm_a_submission_says_where_it_can_be_made(folder: Path) -> None:
+    done = _launch(folder, "--slurm", PATH=str(folder))
+
+    assert done.returncode == 5
+    assert "sbatch was not found on this machine" in done.stderr
+
+
+def test_a_shell_on_a_node_of_the_job_is_told_of_srun(folder: Path) -> None:
+    words = ["--nodes", "2", "--procs-per-node", "1"]
+
+    done = _launch(folder, *words, SLURM_JOB_ID="7")
+
+    assert "start it with srun --ntasks-per-node=1 bigtrain launch" in done.stderr
