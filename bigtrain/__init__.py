@@ -9,17 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bigtrain.checkpoint.consolidate import consolidate
     from bigtrain.plan import RunPlan, current_plan
     from bigtrain.trainer.arguments import TrainingArguments
     from bigtrain.trainer.trainer import Trainer
 
 __version__ = "0.1.0"
-__all__ = ["RunPlan", "Trainer", "TrainingArguments", "__version__", "current_plan"]
+__all__ = [
+    "RunPlan",
+    "Trainer",
+    "TrainingArguments",
+    "__version__",
+    "consolidate",
+    "current_plan",
+]
 
 _HOMES = {
     "RunPlan": "bigtrain.plan",
     "Trainer": "bigtrain.trainer.trainer",
     "TrainingArguments": "bigtrain.trainer.arguments",
+    "consolidate": "bigtrain.checkpoint.consolidate",
     "current_plan": "bigtrain.plan",
 }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from bigtrain import run_commands
-from bigtrain.checkpoint import inspect_command
+from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
 
@@ -254,6 +254,7 @@ def plan(
             typer.echo(plan_command.show(question, as_json=as_json))
 
 
+app.command(epilog=consolidate_command.EXAMPLES)(consolidate_command.consolidate)
 app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
 run_commands.register(app)
 

@@ -50,6 +50,9 @@ _LEFT = (
     "checkpoint/writer.py",
     "checkpoint/verify.py",
     "checkpoint/torch_file.py",
+    "checkpoint/source.py",
+    "checkpoint/consolidate/**/*.py",
+    "checkpoint/consolidate_command.py",
 )
 _IMPORT_ALL = """
 import importlib, sys

@@ -48,6 +48,7 @@ _STATE = (
 )
 _FSDP = ("pytorch_model_fsdp_0", "fsdp_model", "distributed_checkpoint")
 _STEP = re.compile(r"(\d+)(?:\.ckpt)?$")
+_RUN_STEP = re.compile(r"(checkpoint|global_step|step)[-_]?\d+$")
 _UNFINISHED = re.compile(r"\.(tmp|old|gone)-|\.partial$")
 _CLOCKS_S = 2.0
 """How far the clocks of a run's machines may be apart, and a file system's times be rounded."""
@@ -119,8 +120,10 @@ class _Candidate:
 def _candidates(path: Path) -> Iterator[_Candidate]:
     """The checkpoints at or below `path`, the newest first."""
     read = _reader(path)
-    if read is not None:
-        yield _Candidate(path=path, step=_step_of(path), read=read)
+    here = None if read is None else _Candidate(path=path, step=_step_of(path), read=read)
+    # A run's directory may hold its last model beside its steps.
+    if here is not None and (read is not _read_plain or not _has_steps(path)):
+        yield here
         return
     below = [child for child in sorted(path.iterdir()) if child.is_dir()]
     named = _latest(path)
@@ -133,6 +136,13 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
     yield from sorted(
         found, key=lambda each: (each.path.name != named, -(each.step or 0), each.path.name)
     )
+    if here is not None:
+        yield here
+
+
+def _has_steps(path: Path) -> bool:
+    steps = [child for child in path.iterdir() if _RUN_STEP.match(child.name) and child.is_dir()]
+    return any(True for step in steps for _ in _candidates_below(step))
 
 
 def _candidates_below(child: Path) -> Iterator[_Candidate]:

@@ -4,7 +4,8 @@ Bytes go from wherever the source keeps them straight to their place in the outp
 way, in memory that does not grow with the model, and without torch.
 """
 
+from bigtrain.checkpoint.consolidate.journal import partial_of
 from bigtrain.checkpoint.consolidate.run import consolidate
 from bigtrain.checkpoint.consolidate.summary import FileSummary, Moved, Summary
 
-__all__ = ["FileSummary", "Moved", "Summary", "consolidate"]
+__all__ = ["FileSummary", "Moved", "Summary", "consolidate", "partial_of"]

@@ -91,7 +91,7 @@ class Staging:
 
     def __init__(self, output: Path, *, fingerprint: str, resume: bool) -> None:
         self.output = output
-        self.path = output.with_name(output.name + SUFFIX)
+        self.path = partial_of(output)
         self._guard = threading.Lock()
         self._entries: dict[str, list[_Entry]] = {}
         try:
@@ -180,6 +180,11 @@ class Staging:
                 path.unlink()
         self._journal.truncate(0)
         self.append([{"fingerprint": fingerprint}])
+
+
+def partial_of(output: Path) -> Path:
+    """Where `output` lies before it has its name."""
+    return output.with_name(output.name + SUFFIX)
 
 
 def check_output(output: Path) -> None:

@@ -1,0 +1,204 @@
+"""`bigtrain consolidate`: shows how far a consolidation is, and what it did."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import typer
+
+from bigtrain.errors import BigtrainError, ConfigError
+
+if TYPE_CHECKING:
+    from bigtrain.checkpoint.consolidate import Moved
+
+EXAMPLES = (
+    "\b\nExamples:\n"
+    "  bigtrain consolidate runs/mine mine-final\n"
+    "  bigtrain consolidate a-deepspeed-directory out --step 500 --dtype bf16 --verify\n"
+    "  bigtrain consolidate runs/mine shards --max-shard-size 2GB --jobs 4"
+)
+INTERRUPTED = 130
+_TERMINAL_S = 0.1
+_LINES_S = 10.0
+"""Between two lines where no terminal shows them."""
+_BAR = 24
+
+
+def consolidate(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a directory of several."),
+    ],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The model's directory; nothing is overwritten.")
+    ],
+    step: Annotated[
+        int | None,
+        typer.Option("--step", metavar="N", help="Of several. Default: the newest that holds."),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option("--weights", metavar="SET", help="Which, where there are more: ema, …")
+    ] = "model",
+    dtype: Annotated[
+        str, typer.Option("--dtype", metavar="keep|fp32|bf16|fp16", help="Of floats.")
+    ] = "keep",
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file: 5GB, 500MB, …")
+    ] = "5GB",
+    prefix: Annotated[
+        str, typer.Option("--prefix", metavar="TEXT", help="To cut off names. auto: found out.")
+    ] = "auto",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", metavar="N", help="Files that are written at a time.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check all of the source; read the output back.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an attempt was interrupted.")
+    ] = False,
+    remove_source: Annotated[
+        bool, typer.Option("--remove-source", help="Once the output is synced and read back.")
+    ] = False,
+    trust_times: Annotated[
+        bool, typer.Option("--trust-times", help="Take files that were copied without theirs.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Make a Hugging Face model directory of any sharded checkpoint, as fast as a copy.
+
+    Takes bigtrain's checkpoints, DeepSpeed's, torch's (DCP, FSDP), accelerate's, Lightning's and
+    transformers'. Needs no GPU and little memory.
+    """
+    options: dict[str, Any] = {
+        "step": step,
+        "weights": weights,
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+        "prefix": prefix,
+        "jobs": jobs,
+        "verify": verify,
+        "resume": resume,
+        "remove_source": remove_source,
+        "trust_times": trust_times,
+    }
+    with _faults_told(output, as_json=as_json):
+        run(checkpoint, output, as_json=as_json, say=typer.echo, **options)
+
+
+def run(
+    checkpoint: Path,
+    output: Path,
+    *,
+    as_json: bool = False,
+    say: Callable[[str], None],
+    **options: Any,
+) -> None:
+    """Consolidate, and call `say` with the lines of the summary; progress goes to stderr.
+
+    `options` are those of `bigtrain.consolidate`.
+    """
+    from bigtrain.checkpoint.consolidate import consolidate as library
+
+    _check_places(checkpoint, output)
+    with _shown(sys.stderr) as progress:
+        summary = library(checkpoint, output, progress=progress, **options)
+    if as_json:
+        say(json.dumps(summary.to_json()))
+    else:
+        for line in summary.lines():
+            say(line)
+
+
+def _check_places(checkpoint: Path, output: Path) -> None:
+    inside = output.resolve()
+    if checkpoint.resolve() in (inside, *inside.parents) and checkpoint.is_dir():
+        raise ConfigError(
+            f"{output} is {checkpoint} itself or lies inside it, where a later run would take it "
+            "for a checkpoint; give a directory beside it"
+        )
+
+
+@contextlib.contextmanager
+def _faults_told(output: Path, *, as_json: bool) -> Iterator[None]:
+    """Ctrl-C ends in how to go on; with `--json` a fault is a line of JSON on stdout."""
+    from bigtrain.checkpoint.consolidate import partial_of
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        partial = partial_of(output)
+        kept = f"; {partial} is kept: go on with --resume" if partial.is_dir() else ""
+        typer.echo(f"interrupted{kept}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except BigtrainError as error:
+        if not as_json:
+            raise
+        typer.echo(json.dumps({"kind": "failure", "text": str(error)}))
+        raise typer.Exit(error.exit_code) from None
+
+
+@contextlib.contextmanager
+def _shown(stream: TextIO) -> Iterator[Callable[[Moved], None]]:
+    """A function that shows progress: a bar on a terminal, else a line now and then."""
+    bar = _Bar(stream) if stream.isatty() else _Lines(stream)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+class _Lines:
+    """For files, pipes and job logs."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._shown_at = time.monotonic()
+
+    def __call__(self, moved: Moved) -> None:
+        if time.monotonic() - self._shown_at >= _LINES_S:
+            self._shown_at = time.monotonic()
+            self._write(f"{progress_text(moved)}\n")
+
+    def close(self) -> None:
+        """Nothing to tidy."""
+
+    def _write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a reader that left ends no copy
+            self._stream.write(text)
+            self._stream.flush()
+
+
+class _Bar(_Lines):
+    """One line of a terminal, rewritten in place."""
+
+    def __call__(self, moved: Moved) -> None:
+        if time.monotonic() - self._shown_at >= _TERMINAL_S:
+            self._shown_at = time.monotonic()
+            filled = round(_BAR * _share(moved))
+            bar = "━" * filled + " " * (_BAR - filled)
+            self._write(f"\r\x1b[K{bar} {progress_text(moved)}")
+
+    def close(self) -> None:
+        """Leave an empty line for what comes next."""
+        self._write("\r\x1b[K")
+
+
+def progress_text(moved: Moved) -> str:
+    """` 42%  1.3 of 3.1 GB  812 MB/s  0:02 left`."""
+    gigabytes = f"{moved.done_bytes / 1e9:.1f} of {moved.total_bytes / 1e9:.1f} GB"
+    parts = [f"{_share(moved):4.0%}", gigabytes, f"{moved.bytes_per_s / 1e6:.0f} MB/s"]
+    if moved.eta_s is not None:
+        minutes, seconds = divmod(round(moved.eta_s), 60)
+        parts.append(f"{minutes}:{seconds:02d} left")
+    return "  ".join(parts)
+
+
+def _share(moved: Moved) -> float:
+    return moved.done_bytes / moved.total_bytes if moved.total_bytes else 1.0

@@ -1,0 +1,211 @@
+"""The command: what it prints, how it ends, and that it needs neither torch nor much memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+MEGABYTE = 1 << 20
+WALLED = """
+import sys
+
+class Wall:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "accelerate", "deepspeed"}:
+            raise ImportError(f"{name} is behind the torch wall")
+
+sys.meta_path.insert(0, Wall())
+if "--slowly" in sys.argv:
+    sys.argv.remove("--slowly")
+    import os, time
+    import bigtrain.checkpoint.consolidate.sink as sink
+    sink._SYNC_BYTES = 1 << 20
+    pwrite = os.pwrite
+    os.pwrite = lambda *a: (time.sleep(0.03), pwrite(*a))[1]
+sys.argv[0] = "bigtrain"
+from bigtrain.cli import main
+try:
+    main()
+finally:
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print("peak", peak.split()[1], file=sys.stderr)
+"""
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", WALLED, "consolidate", *map(str, arguments)]
+
+
+def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+
+
+def make_source(path: Path, *, tensors: int = 3, each: int = 1000) -> dict[str, torch.Tensor]:
+    path.mkdir(parents=True)
+    state = {f"t{i}": torch.randn(each) for i in range(tensors)}
+    save_file(state, path / "model.safetensors")
+    (path / "config.json").write_text("{}")
+    return state
+
+
+def assert_holds(output: Path, state: dict[str, torch.Tensor]) -> None:
+    ours = load_file(output / "model.safetensors")
+    assert ours.keys() == state.keys()
+    assert all(torch.equal(ours[name], value) for name, value in state.items())
+
+
+def test_it_writes_the_model_and_says_what_it_did_without_torch_in_100_mb(tmp_path: Path) -> None:
+    state = make_source(tmp_path / "in", tensors=40, each=MEGABYTE)
+
+    done = call(tmp_path / "in", tmp_path / "out", "--dtype", "fp16", "--verify")
+
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path / 'out'}: 40 tensors, 0.08 GB in " in done.stdout
+    assert "model.safetensors  83,8" in done.stdout
+    assert "xxh3 " in done.stdout
+    assert "output: on the disk, read back and compared" in done.stdout
+    assert_holds(tmp_path / "out", {name: value.half() for name, value in state.items()})
+    assert int(done.stderr.split("peak ")[1]) < 100_000
+
+
+def test_json_is_one_document_with_the_checksums(tmp_path: Path) -> None:
+    make_source(tmp_path / "in")
+
+    done = call(tmp_path / "in", tmp_path / "out", "--json", "--max-shard-size", "8KB")
+
+    document = json.loads(done.stdout)
+    assert document["num_tensors"] == 3
+    assert [file["name"] for file in document["files"]] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
+    assert all(len(file["xxh3"]) == 32 for file in document["files"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["nowhere", "out"], 4, "error: nowhere does not exist"),
+        (["in", "full"], 4, "error: full is there already, and nothing is overwritten; give"),
+        (["in", "in/out"], 2, "error: in/out is in itself or lies inside it"),
+        (["in", "in"], 2, "error: in is in itself or lies inside it"),
+        (["in", "out", "--dtype", "int8"], 2, "error: dtype is 'int8'; it must be keep, fp32"),
+        (["in", "out", "--weights", "ema"], 4, "error: in has no weights named 'ema'; it has:"),
+        (["in", "out", "--step", "4"], 4, "error: in holds no checkpoint that is known here"),
+        (["in", "out", "--max-shard-size", "x"], 2, "error: max_shard_size is 'x'; write it as"),
+    ],
+)
+def test_bad_requests_end_in_one_message(
+    arguments: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from bigtrain.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    make_source(Path("in"))
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("keep")
+    monkeypatch.setattr(sys, "argv", ["bigtrain", "consolidate", *arguments])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    shown = capsys.readouterr().err
+    assert ended.value.code == code
+    assert shown.startswith(message)
+    assert "Traceback" not in shown
+    assert not Path("out").exists()
+
+
+def test_a_fault_is_json_when_that_was_asked_for(tmp_path: Path) -> None:
+    done = call(tmp_path / "none", tmp_path / "out", "--json")
+    assert done.returncode == 4
+    assert "does not exist" in json.loads(done.stdout)["text"]
+
+
+def test_interrupted_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
+    state = make_source(tmp_path / "in", tensors=30, each=MEGABYTE)
+    places = (tmp_path / "in", tmp_path / "out")
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    running = subprocess.Popen(
+        command(*places, "--slowly"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and running.poll() is None:
+        if journal.exists() and len(journal.read_text().splitlines()) > 4:
+            break
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, shown = running.communicate(timeout=60)
+
+    assert running.returncode == 130
+    assert f"interrupted; {tmp_path / 'out.partial'} is kept: go on with --resume" in shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "out").exists()
+    assert len(journal.read_text().splitlines()) < 30
+    again = call(*places, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert_holds(tmp_path / "out", state)
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_terminal_shows_speed_and_time_left(tmp_path: Path) -> None:
+    make_source(tmp_path / "in", tensors=30, each=MEGABYTE)
+    controller, terminal = pty.openpty()
+    running = subprocess.Popen(
+        command(tmp_path / "in", tmp_path / "out", "--slowly"),
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+    )
+    os.close(terminal)
+    shown = b""
+    while True:
+        try:
+            data = os.read(controller, 65536)
+        except OSError:  # the other end is closed
+            break
+        if not data:
+            break
+        shown += data
+    running.communicate(timeout=60)
+    os.close(controller)
+    assert running.returncode == 0
+    assert "MB/s" in shown.decode()
+    assert "left" in shown.decode()
+
+
+def test_a_runs_directory_gives_its_newest_step_rather_than_the_model_beside_it(
+    tmp_path: Path,
+) -> None:
+    make_source(tmp_path / "run")
+    older = make_source(tmp_path / "run" / "checkpoint-9")
+    newer = make_source(tmp_path / "run" / "checkpoint-10")
+
+    assert call(tmp_path / "run", tmp_path / "newest").returncode == 0
+    assert call(tmp_path / "run", tmp_path / "chosen", "--step", "9").returncode == 0
+
+    assert_holds(tmp_path / "newest", newer)
+    assert_holds(tmp_path / "chosen", older)
+
+
+def test_it_is_a_function_of_the_package_too(tmp_path: Path) -> None:
+    import bigtrain
+
+    state = make_source(tmp_path / "in")
+    summary = bigtrain.consolidate(tmp_path / "in", tmp_path / "out", dtype="fp32")
+    assert summary.tensors == 3
+    assert_holds(tmp_path / "out", state)
