@@ -58,7 +58,12 @@ Set = Annotated[
     ),
 ]
 OutputDir = Annotated[
-    str | None, typer.Option("--output-dir", metavar="DIR", help="Default: runs/<name>.")
+    str | None,
+    typer.Option(
+        "--output-dir",
+        metavar="DIR",
+        help="Default: runs/<name>. Of a script without bigtrain's Trainer: plan and logs alone.",
+    ),
 ]
 Env = Annotated[
     list[str] | None,
@@ -72,6 +77,7 @@ AccelerateConfig = Annotated[
     str | None,
     typer.Option("--accelerate-config", metavar="FILE", help="An accelerate config to follow."),
 ]
+All = Annotated[bool, typer.Option("--all", help="Show arguments at their defaults too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -153,6 +159,7 @@ def launch(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the commands; start nothing.")
     ] = False,
+    shows_all: All = False,
     as_json: AsJson = False,
     *,
     where: ClusterFlags,
@@ -184,6 +191,7 @@ def launch(
                 environment=os.environ,
                 working_dir=Path.cwd(),
                 dry_run=dry_run,
+                shows_all=shows_all,
                 as_json=as_json,
             )
         )
@@ -194,10 +202,12 @@ def launch(
     epilog="\b\nExamples:\n"
     "  bigtrain plan configs/quickstart.yaml\n"
     "  bigtrain plan run.yaml --nodes 4 --procs-per-node 8 --device-memory 80GiB --compare\n"
-    "  bigtrain plan run.yaml --diff runs/last-week"
+    "  bigtrain plan run.yaml --diff runs/last-week\n"
+    "  bigtrain plan train.py --engine zero3 -- --learning_rate 1e-4"
 )
 def plan(
     target: Target,
+    script_args: ScriptArgs = None,
     engine: Engine = None,
     nodes: Nodes = None,
     procs_per_node: ProcsPerNode = None,
@@ -224,6 +234,7 @@ def plan(
     output_dir: OutputDir = None,
     deepspeed: DeepSpeedJson = None,
     accelerate_config: AccelerateConfig = None,
+    shows_all: All = False,
     as_json: AsJson = False,
 ) -> None:
     """Show what would run, what it needs, and what becomes of every argument."""
@@ -239,10 +250,12 @@ def plan(
     with _faults_told(as_json=as_json):
         question = plan_command.Question(
             target=target,
+            script_args=tuple(script_args or ()),
             overrides=_overrides(set_, None, flags),
             accelerate_config=accelerate_config,
             device_memory=device_memory,
             traces=trace,
+            shows_all=shows_all,
             environment=os.environ,
             working_dir=Path.cwd(),
         )

@@ -32,6 +32,7 @@ from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
 from bigtrain.layers import Override, parse_assignment
 from bigtrain.plan import RunPlan, write_plan
+from bigtrain.plan_command import forecast_here, plan_as_json
 from bigtrain.plan_report import report
 from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.planning.output_dir import plan_path
@@ -51,6 +52,8 @@ class Launch:
     environment: Mapping[str, str]
     working_dir: Path
     dry_run: bool = False
+    shows_all: bool = False
+    """A dry run shows arguments at their defaults, too."""
     as_json: bool = False
 
     def plan(self, *more: Override, is_job: bool = False) -> RunPlan:
@@ -95,7 +98,7 @@ def run(launch: Launch) -> int:
 def _here(launch: Launch) -> int:
     made = launch.plan(*launch.nodes())
     if launch.dry_run:
-        return _show(made, local.describe(made), as_json=launch.as_json)
+        return _show(made, local.describe(made), launch)
     path = plan_path(made)
     if made.topology.nodes > 1:
         raise UnsupportedError(_how_to_use_nodes(made.topology.nodes, launch))
@@ -106,13 +109,13 @@ def _here(launch: Launch) -> int:
     return local.launch(made, path, console=console)
 
 
-def _show(plan: RunPlan, commands: Sequence[str], *, as_json: bool) -> int:
-    if as_json:
-        shown = json.loads(plan.to_json())
-        typer.echo(json.dumps(shown | {"commands": list(commands)}, indent=2))
+def _show(plan: RunPlan, commands: Sequence[str], launch: Launch) -> int:
+    found = forecast_here(plan, launch.environment)
+    if launch.as_json:
+        typer.echo(json.dumps(plan_as_json(plan, found) | {"commands": list(commands)}, indent=2))
     else:
-        lines = [f"  {line}" for line in commands]
-        typer.echo("\n".join((report(plan), "", "Commands", *lines)))
+        told = report(plan, found, shows_all=launch.shows_all)
+        typer.echo("\n".join((told, "", "Commands", *(f"  {line}" for line in commands))))
     return 0
 
 
@@ -241,7 +244,7 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool
     if is_restart:
         made = dataclasses.replace(made, resume="auto")
     if launch.dry_run:
-        return _show(made, local.describe(made), as_json=launch.as_json)
+        return _show(made, local.describe(made), launch)
     return nodes.launch(
         made,
         plan_path(made),

@@ -90,6 +90,10 @@ class Layers:
                 return found
         return self._label
 
+    @property
+    def has_faults(self) -> bool:
+        return bool(self._faults)
+
     def raise_faults(self) -> None:
         """ConfigError with all faults, in the order of the file's lines, if there are any."""
         if self._faults:

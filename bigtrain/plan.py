@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.topology import Topology
 from bigtrain.translate.config import (
     ArgumentFate,
@@ -28,8 +29,6 @@ from bigtrain.translate.config import (
 
 PLAN_VARIABLE = "BIGTRAIN_PLAN"
 _FORMAT = 1
-_SECRET_WORDS = frozenset({"KEY", "PASSWORD", "PASSWD", "SECRET", "TOKEN", "CREDENTIALS"})
-_SECRET_ENDINGS = ("APIKEY", "PASSWORD", "SECRET", "TOKEN")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +102,6 @@ class RunPlan:
             raise ConfigError(f"this is not a plan of bigtrain's: {error!r}") from error
 
 
-SECRET_ADVICE = (
-    "a secret's value must not be written into a plan; "
-    "export it where bigtrain is started, and every rank inherits it"
-)
-
-
-def looks_secret(variable: str) -> bool:
-    """True where a variable's name says that its value is a secret: `HF_TOKEN`, `WANDB_API_KEY`."""
-    return any(
-        word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS)
-        for word in variable.upper().split("_")
-    )
-
-
 def current_plan(environment: Mapping[str, str]) -> RunPlan | None:
     """The plan of the run that a process with this environment belongs to, if it has one."""
     path = environment.get(PLAN_VARIABLE)
@@ -138,12 +123,14 @@ def read_plan(path: Path) -> RunPlan:
 def write_plan(plan: RunPlan, path: Path) -> None:
     """Write a plan so that a reader sees all of it or none; never over another attempt's.
 
+    Only its owner may read it: whatever a command line held is in it.
     LaunchError where `path` exists: then another launch has taken the same attempt.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(plan.to_json() + "\n", encoding="utf-8")
     try:
+        with open(staged, "w", encoding="utf-8", opener=_owners_alone) as file:
+            file.write(plan.to_json() + "\n")
         _claim(staged, path)
     except FileExistsError:
         raise LaunchError(
@@ -152,6 +139,10 @@ def write_plan(plan: RunPlan, path: Path) -> None:
         ) from None
     finally:
         staged.unlink(missing_ok=True)
+
+
+def _owners_alone(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _claim(staged: Path, path: Path) -> None:

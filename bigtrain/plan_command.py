@@ -16,7 +16,7 @@ from bigtrain.memory_report import comparison
 from bigtrain.plan import RunPlan
 from bigtrain.plan_diff import differences, recorded_plan
 from bigtrain.plan_report import report, table
-from bigtrain.planning import Request, Surroundings, compare_engines, make_plan
+from bigtrain.planning import Request, Surroundings, compare_engines, make_plan, missing_of
 from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.forecast import Forecast, forecast, model_of, read_bytes
@@ -27,16 +27,20 @@ class Question:
     """What was asked on the command line."""
 
     target: str
+    script_args: tuple[str, ...] = ()
     overrides: tuple[Override, ...]
     accelerate_config: str | None
-    device_memory: str | None
-    traces: bool
+    device_memory: str | None = None
+    traces: bool = False
+    shows_all: bool = False
+    """Also what is at its default."""
     environment: Mapping[str, str]
     working_dir: Path
 
     def request(self) -> Request:
         return Request(
             target=self.target,
+            script_args=self.script_args,
             overrides=self.overrides,
             accelerate_config=self.accelerate_config,
         )
@@ -59,10 +63,28 @@ def show(question: Question, *, as_json: bool) -> str:
     plan = make_plan(question.request(), question.surroundings())
     found = _forecast(plan, question) if plan.kind == "run_file" else None
     if not as_json:
-        return report(plan, found)
+        missing = missing_of(question.request(), question.surroundings())
+        return report(plan, found, missing=missing, shows_all=question.shows_all)
+    return json.dumps(plan_as_json(plan, found), indent=2)
+
+
+def forecast_here(plan: RunPlan, environment: Mapping[str, str]) -> Forecast | None:
+    """What is to come of a plan on machines like this one; None for a script's."""
+    if plan.kind != "run_file":
+        return None
+    memory = rank_memory(
+        plan.device,
+        procs_per_node=plan.topology.procs_per_node,
+        said=None,
+        environment=environment,
+    )
+    return forecast(plan, environment=environment, device_memory=memory)
+
+
+def plan_as_json(plan: RunPlan, found: Forecast | None) -> dict[str, Any]:
+    """A plan with its forecast, for programs."""
     shown: dict[str, Any] = json.loads(plan.to_json())
-    future = {"forecast": forecast_as_json(found)} if found else {}
-    return json.dumps(shown | future, indent=2)
+    return shown | ({"forecast": forecast_as_json(found)} if found else {})
 
 
 def compare(question: Question, *, as_json: bool) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bigtrain import memory_report
+from bigtrain.arguments.schema import defaults, load_schema
 from bigtrain.plan import RunPlan
 from bigtrain.planning.forecast import Forecast
 from bigtrain.translate.config import DeepSpeedSettings
@@ -15,15 +17,26 @@ from bigtrain.translate.config import DeepSpeedSettings
 _LONGEST_VALUE = 60
 
 
-def report(plan: RunPlan, forecast: Forecast | None = None) -> str:
+def report(
+    plan: RunPlan,
+    forecast: Forecast | None = None,
+    *,
+    missing: Sequence[str] = (),
+    shows_all: bool = False,
+) -> str:
     """The plan for people: processes, values with their origins, the engine, memory and disk as
-    far as they are forecast, and every fate."""
+    far as they are forecast, and the fate of what is not at its default.
+
+    `missing`: what the run file names and is not on this machine. `shows_all`: what is at its
+    default as well.
+    """
     blocks: list[tuple[str, list[tuple[str, ...]]]] = [
         ("Run", _run_rows(plan)),
         *(memory_report.blocks(forecast) if forecast else ()),
+        ("Missing on this machine", [(what,) for what in missing]),
         ("Values", _value_rows(plan)),
         ("Engine", _engine_rows(plan)),
-        ("Arguments", [(fate.argument, fate.fate, fate.detail) for fate in plan.fates]),
+        ("Arguments", _fate_rows(plan, shows_all=shows_all)),
     ]
     return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in blocks if rows)
 
@@ -32,8 +45,8 @@ def _run_rows(plan: RunPlan) -> list[tuple[str, ...]]:
     topology = plan.topology
     rows: list[tuple[str, ...]] = [
         ("name", f"{plan.name}, attempt {plan.attempt}"),
-        (plan.kind.replace("_", " "), " ".join((plan.source, *plan.script_args))),
-        ("output", plan.output_dir),
+        (plan.kind.replace("_", " "), shlex.join((plan.source, *plan.script_args))),
+        ("output", _output(plan)),
         ("processes", _processes(plan)),
         ("start", plan.start_method + (f": {plan.start_reason}" if plan.start_reason else "")),
         ("resume", plan.resume),
@@ -49,6 +62,26 @@ def _run_rows(plan: RunPlan) -> list[tuple[str, ...]]:
     return rows
 
 
+def _output(plan: RunPlan) -> str:
+    said = plan.origins.get("output_dir")
+    return f"{plan.output_dir} ({said})" if said and plan.kind == "script" else plan.output_dir
+
+
+def _fate_rows(plan: RunPlan, *, shows_all: bool) -> list[tuple[str, ...]]:
+    """Argument, value, fate, and in a few words by what, from what, or why."""
+    values = defaults(load_schema())
+    found = values | dict(plan.training)
+    rows: list[tuple[str, ...]] = [
+        (fate.argument, short(found.get(fate.argument)), fate.fate, fate.detail)
+        for fate in plan.fates
+        if shows_all or found.get(fate.argument) != values.get(fate.argument)
+    ]
+    others = len(plan.fates) - len(rows)
+    if others:
+        rows.append((f"{others} others", "", "", "at their defaults; --all shows them"))
+    return rows
+
+
 def _processes(plan: RunPlan) -> str:
     topology, threads = plan.topology, plan.threads_per_rank
     nodes = f"{topology.nodes} nodes × " if topology.nodes > 1 else ""
@@ -60,8 +93,6 @@ def _processes(plan: RunPlan) -> str:
 
 
 def _argument(plan: RunPlan, name: str) -> int:
-    from bigtrain.arguments.schema import load_schema
-
     value = plan.training.get(name)
     return int(load_schema()[name].default if value is None else value)
 

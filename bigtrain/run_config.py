@@ -14,12 +14,13 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from bigtrain import run_inputs
 from bigtrain.arguments.schema import Field, load_schema
 from bigtrain.arguments.values import did_you_mean, read_value
 from bigtrain.errors import ConfigError
 from bigtrain.layers import Layers, Override, lay
-from bigtrain.plan import SECRET_ADVICE, looks_secret
 from bigtrain.run_file import read_run_file
+from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.sections import (
     ClusterSection,
     DataSection,
@@ -95,10 +96,12 @@ def load_run_config(
     label: str | None = None,
     overrides: Sequence[Override] = (),
     foreign: Sequence[Override] = (),
+    root: Path | None = None,
 ) -> RunConfig:
     """The run that the file at `path` describes, with `overrides` on top.
 
-    `foreign` is what another tool's config says; it may not contradict the file.
+    `foreign` is what another tool's config says; it may not contradict the file. Where something
+    is wrong, what is missing under `root` is told with it.
 
     `label` is the file's name in messages and origins, by default its path. Raises ConfigError
     with every fault, each as `file:line: section.key: what; the fix`.
@@ -117,6 +120,9 @@ def load_run_config(
         what = "missing; a model from scratch brings none; give tokenizer.name, or kind: bytes"
         layers.fault(("tokenizer",), what)
     _refuse_impossible(layers, training, data)
+    if layers.has_faults and root is not None:
+        for key, what in run_inputs.faults(data, model, tokenizer, root=root):
+            layers.fault(tuple(key.split(".")), what)
     layers.raise_faults()
     assert model is not None and data is not None and engine is not None and cluster is not None
     name = top.get("name") or path.stem

@@ -149,11 +149,35 @@ def test_a_plan_tells_values_engine_and_fates(folder: Path) -> None:
     assert "flag --engine" in shown
     lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert "zero_optimization.stage 2" in lines
-    assert "bf16 mapped bf16.enabled = true" in lines
+    assert "bf16 true mapped bf16.enabled = true" in lines
+    assert not [line for line in lines if line.startswith("fp16_backend")]
+    assert "at their defaults; --all shows them" in lines[-1]
+
+
+def test_a_plan_of_all_arguments_tells_those_at_their_defaults_too(folder: Path) -> None:
+    shown = _run(folder, "plan", "quick.yaml", "--all").stdout
+
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
     assert (
-        "fp16_backend no_effect removed upstream: PyTorch's own mixed precision is the only one"
-        in (lines)
-    )
+        "fp16_backend auto no_effect removed upstream: PyTorch's own mixed precision is the only "
+        "one"
+    ) in lines
+    assert "at their defaults" not in lines[-1]
+
+
+def test_a_script_is_planned_with_its_arguments(folder: Path) -> None:
+    (folder / "train.py").write_text("import transformers\n")
+
+    asked = ("train.py", "--engine", "zero3", "--procs-per-node", "2", "--output-dir", "logs")
+    shown = _run(folder, "plan", *asked, "--", "--model", "a b").stdout
+
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert f"script {folder}/train.py --model 'a b'" in lines
+    assert (
+        f"output {folder}/logs (flag --output-dir: plan and logs; "
+        "the script's own output goes where it says)"
+    ) in lines
+    assert "cluster.env.ACCELERATE_DEEPSPEED_ZERO_STAGE" in shown
 
 
 def test_planning_imports_no_torch_and_takes_no_time(folder: Path) -> None:

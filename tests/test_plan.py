@@ -14,10 +14,10 @@ from bigtrain.plan import (
     PLAN_VARIABLE,
     RunPlan,
     current_plan,
-    looks_secret,
     read_plan,
     write_plan,
 )
+from bigtrain.secrecy import looks_secret
 from bigtrain.translate import topology_for, translate
 from bigtrain.translate.config import ENGINE_NAMES, EngineName, EngineOptions
 
@@ -113,6 +113,12 @@ def test_a_process_finds_its_plan_through_one_variable(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["attempt-01.json"]
 
 
+def test_only_its_owner_may_read_a_plan(tmp_path: Path) -> None:
+    write_plan(_plan(), tmp_path / "plan.json")
+
+    assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_plan_is_never_written_over_another_attempt_s(tmp_path: Path) -> None:
     path = tmp_path / "attempt-01.json"
     write_plan(_plan(), path)
@@ -158,7 +164,19 @@ def test_a_plan_that_is_not_there_is_named(tmp_path: Path) -> None:
         current_plan({PLAN_VARIABLE: str(tmp_path / "nowhere.json")})
 
 
-@pytest.mark.parametrize("name", ["HF_TOKEN", "WANDB_API_KEY", "my_password", "AWS_SECRET_ID"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "HF_TOKEN",
+        "WANDB_API_KEY",
+        "my_password",
+        "AWS_SECRET_ID",
+        "GITHUB_PAT",
+        "DB_PWD",
+        "SSH_PASSPHRASE",
+        "AZURE_CREDENTIAL",
+    ],
+)
 def test_a_secret_s_value_can_not_enter_a_plan(name: str) -> None:
     with pytest.raises(ConfigError) as raised:
         _plan(environment={name: "s3cret"})
@@ -169,6 +187,6 @@ def test_a_secret_s_value_can_not_enter_a_plan(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "MONKEY", "NCCL_DEBUG", "KEYBOARD"])
+@pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "MONKEY", "NCCL_DEBUG", "PWD", "PATH"])
 def test_ordinary_names_do_not_look_secret(name: str) -> None:
     assert not looks_secret(name)

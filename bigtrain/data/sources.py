@@ -6,27 +6,18 @@ name itself without being read: its `identity` is part of the prepared data's fi
 
 from __future__ import annotations
 
-import bz2
-import difflib
-import glob
-import gzip
-import lzma
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
-from bigtrain.data.settings import COMPRESSIONS, FORMATS, DataSettings
+from bigtrain.data.files import OPENERS, format_of, matching
+from bigtrain.data.settings import DataSettings
 from bigtrain.errors import ConfigError, DataError
 
 _PIECE_CHARACTERS = 4 << 20
-_OPENERS: Mapping[str, Callable[..., TextIO]] = {
-    ".gz": gzip.open,
-    ".bz2": bz2.open,
-    ".xz": lzma.open,
-}  # type: ignore[dict-item]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +82,14 @@ class BuiltinSource:
     name: str
 
     def __post_init__(self) -> None:
-        if self.name not in _BUILTINS:
-            raise ConfigError(f"data.name is {self.name!r}; built in are {', '.join(_BUILTINS)}")
+        if self.name not in BUILTINS:
+            raise ConfigError(f"data.name is {self.name!r}; built in are {', '.join(BUILTINS)}")
 
     def identity(self) -> Any:
         return [self.name, sys.version]
 
     def documents(self) -> Iterator[Document]:
-        for text in _BUILTINS[self.name]():
+        for text in BUILTINS[self.name]():
             yield Document(text=text)
 
 
@@ -122,7 +113,7 @@ def _python_source() -> Iterator[str]:
             yield path.read_text(encoding="utf-8", errors="replace")
 
 
-_BUILTINS: Mapping[str, Callable[[], Iterator[str]]] = {
+BUILTINS: Mapping[str, Callable[[], Iterator[str]]] = {
     "builtin:python-docs": _python_docs,
     "builtin:python-source": _python_source,
 }
@@ -186,22 +177,13 @@ class HubSource:
             ) from error
 
 
-def format_of(path: Path) -> str:
-    """The format that a file's suffix stands for."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix not in COMPRESSIONS]
-    kind = FORMATS.get(suffixes[-1] if suffixes else "")
-    if kind is None:
-        known = ", ".join(sorted(set(FORMATS.values())))
-        raise ConfigError(
-            f"{path}: its suffix names no format that can be read; set data.format to {known}"
-        )
-    return kind
-
-
 def _file_source(
     patterns: tuple[str, ...], key: str, settings: DataSettings, root: Path
 ) -> FileSource:
-    files = [path for pattern in patterns for path in _matching(pattern, key, root)]
+    try:
+        files = [path for pattern in patterns for path in matching(pattern, root)]
+    except DataError as error:
+        raise DataError(f"{key}: {error}") from error
     if settings.format is None:
         for path in files:
             format_of(path)
@@ -213,34 +195,8 @@ def _file_source(
     )
 
 
-def _matching(pattern: str, key: str, root: Path) -> list[Path]:
-    """The files that a path or a glob names, sorted; at least one."""
-    path = root / Path(pattern).expanduser()
-    # First as it stands: a file's own name may hold brackets.
-    if path.is_file():
-        return [path]
-    found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
-    files = [match for match in found if match.is_file()]
-    if not files:
-        raise DataError(f"{key}: {path} names no file; {_nearest(path)}")
-    return files
-
-
-def _nearest(path: Path) -> str:
-    folder = path.parent
-    if not folder.is_dir():
-        while not folder.is_dir() and folder != folder.parent:
-            folder = folder.parent
-        return f"the folder ends at {folder}"
-    names = sorted(entry.name for entry in folder.iterdir())
-    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-    if near:
-        return f"in {folder} there is {', '.join(near)}"
-    return f"{folder} holds {len(names)} other entries"
-
-
 def _text_documents(path: Path, *, by_line: bool) -> Iterator[Document]:
-    opener = _OPENERS.get(path.suffix.lower(), open)
+    opener = OPENERS.get(path.suffix.lower(), open)
     with opener(path, "rt", encoding="utf-8", newline="") as file:
         if by_line:
             for line in file:

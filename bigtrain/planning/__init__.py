@@ -6,6 +6,7 @@ engine fits (`automatic`, `engine_choice`, `device_memory`), where to (`output_d
 (`script_source`, `preloading`). `forecast` tells what is to come of a plan.
 """
 
-from bigtrain.planning.decisions import Request, Surroundings, compare_engines, make_plan
+from bigtrain.planning.decisions import compare_engines, make_plan, missing_of
+from bigtrain.planning.request import Request, Surroundings
 
-__all__ = ["Request", "Surroundings", "compare_engines", "make_plan"]
+__all__ = ["Request", "Surroundings", "compare_engines", "make_plan", "missing_of"]

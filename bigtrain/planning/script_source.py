@@ -1,4 +1,4 @@
-"""What a user's script does at its top, read from its source without running it.
+"""What a user's script does before and while it imports, read from its source without running it.
 
 Ranks are forked from a server that has imported the script's libraries already. That changes
 nothing as long as the script only imports them. Where it first does something that an import would
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.errors import ConfigError
+from bigtrain.planning.script_flow import Flow, own_nodes, parse
 
 # Libraries whose import starts nothing that a fork would break: no CUDA, no threads that matter.
 _PRELOADABLE = frozenset(
@@ -45,7 +45,6 @@ _LAZY_NAMES = {
     ("bigtrain", "Trainer"): "bigtrain.trainer",
     ("bigtrain", "TrainingArguments"): "bigtrain.trainer",
 }
-_DEEPEST_LOCAL_IMPORT = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +61,13 @@ class ScriptFacts:
 
 def read_script(path: Path) -> ScriptFacts:
     """The facts about the script at `path`. ConfigError where it is not Python."""
-    module = _parse(path)
+    module = parse(path)
     own = _imports_bigtrain(module)
     preload: dict[str, None] = {}
     reason = _shadowing(path.parent)
-    for statement in _top_level(module.body):
-        reason = reason or _disturbance(statement, path)
+    for place, statement in Flow(path).statements(module):
+        reason = reason or _disturbance(statement, place)
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
-            reason = reason or _local_disturbance(statement, path, depth=1)
             wanted = list(_preloadable(statement))
             if reason and wanted:
                 return ScriptFacts(preload=(), fresh_reason=reason, uses_bigtrain=own)
@@ -92,29 +90,6 @@ def _imports_bigtrain(module: ast.Module) -> bool:
     return False
 
 
-def _parse(path: Path) -> ast.Module:
-    try:
-        return ast.parse(path.read_bytes(), filename=str(path))
-    except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not Python: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not Python: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}") from None
-
-
-def _top_level(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """Every statement that runs when the module is executed, in order of the source."""
-    for statement in body:
-        yield statement
-        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            continue
-        for name in ("body", "orelse", "finalbody"):
-            yield from _top_level(getattr(statement, name, []))
-        for handler in getattr(statement, "handlers", []):
-            yield from _top_level(handler.body)
-
-
 def _preloadable(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
     if isinstance(statement, ast.Import):
         names = [alias.name for alias in statement.names]
@@ -135,21 +110,11 @@ def _preloadable(statement: ast.Import | ast.ImportFrom) -> Iterator[str]:
 
 def _disturbance(statement: ast.stmt, path: Path) -> str:
     """What this one statement changes that a later import could see; empty if nothing."""
-    for node in _own_expressions(statement):
+    for node in own_nodes(statement):
         what = _change(node)
         if what:
-            return f"{path.name}:{node.lineno} {what} before its imports"
+            return f"{path.name}:{statement.lineno} {what} before its imports"
     return ""
-
-
-def _own_expressions(statement: ast.stmt) -> Iterator[ast.expr | ast.stmt]:
-    """The nodes that run with this statement itself: not those of statements inside it."""
-    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-        return
-    yield statement
-    for child in ast.iter_child_nodes(statement):
-        if isinstance(child, (ast.expr, ast.withitem)):
-            yield from (node for node in ast.walk(child) if isinstance(node, ast.expr))
 
 
 _ENVIRONMENT = ("os.environ", "environ")
@@ -197,34 +162,3 @@ def _shadowing(folder: Path) -> str:
     names |= {entry.parent.name for entry in folder.glob("*/__init__.py")}
     hiding = sorted(names & (_PRELOADABLE | frozenset(sys.stdlib_module_names)))
     return f"{hiding[0]} beside the script hides the installed module" if hiding else ""
-
-
-def _local_disturbance(statement: ast.Import | ast.ImportFrom, path: Path, *, depth: int) -> str:
-    """What modules beside the script, which this import runs, change at their top."""
-    if depth > _DEEPEST_LOCAL_IMPORT:
-        return ""
-    for local in _local_modules(statement, path.parent):
-        try:
-            module = _parse(local)
-        except ConfigError:
-            continue  # the import itself will say so, in the rank
-        for inner in _top_level(module.body):
-            reason = _disturbance(inner, local)
-            if not reason and isinstance(inner, (ast.Import, ast.ImportFrom)):
-                reason = _local_disturbance(inner, path, depth=depth + 1)
-            if reason:
-                return reason
-    return ""
-
-
-def _local_modules(statement: ast.Import | ast.ImportFrom, folder: Path) -> Iterator[Path]:
-    if isinstance(statement, ast.Import):
-        names = [alias.name for alias in statement.names]
-    else:
-        names = [statement.module or ""] if statement.level == 0 else []
-    for name in names:
-        parts = name.split(".")
-        module, package = folder.joinpath(*parts).with_suffix(".py"), folder / parts[0]
-        for place in (module, package / "__init__.py"):
-            if all(parts) and place.is_file():
-                yield place

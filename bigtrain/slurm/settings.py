@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigtrain.errors import ConfigError
-from bigtrain.plan import SECRET_ADVICE, looks_secret
+from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.slurm.options import place_of, read_options
 
 _SHORTEST_LEAD_S = 120

@@ -107,6 +107,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if self.eval_strategy == "epochs":
             self.eval_strategy = "epoch"
+        self._follow_output_dir()
         self._check_own_fields()
         # transformers would make accelerate's DeepSpeed plugin of it and from then on build every
         # model under `zero.Init`; here the engine shards the model.
@@ -117,6 +118,19 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         self.deepspeed = deepspeed
         if self.logging_dir is not None:
             self.logging_dir = str(Path(self.logging_dir).expanduser())
+
+    def _follow_output_dir(self) -> None:
+        """`bigtrain launch script.py --output-dir DIR` wins over what the script says."""
+        plan = environment.plan()
+        if plan is None or plan.kind != "script" or "output_dir" not in plan.origins:
+            return
+        said = self.output_dir
+        if said is not None and Path(said).expanduser().absolute() != Path(plan.output_dir):
+            origin = plan.origins["output_dir"]
+            logger.warning_once(
+                f"output_dir is {plan.output_dir} ({origin}), not {said} as the script says"
+            )
+        self.output_dir = plan.output_dir
 
     def _check_own_fields(self) -> None:
         level = self.fp16_opt_level

@@ -51,7 +51,6 @@ _EVALUATION = _loop("how evaluation runs")
 _BEST = _loop("which checkpoint is the best")
 _REPORTING = _loop("transformers' reporting callbacks")
 _MODEL_PATCH = _loop("applied to the model before the engine takes it")
-_SCRIPT = _loop("left to the script; the bundled training script honours it")
 _HUB = _no_effect("only push_to_hub reads it")
 _DDP_ONLY = _no_effect("only ddp reads it")
 
@@ -194,9 +193,14 @@ FATES: Mapping[str, Rule] = {
     "parallelism_config": _refused("only data parallelism is supported; leave it out"),
     "local_rank": _no_effect("the launcher says which process this is"),
     # Left to scripts
-    "do_train": _SCRIPT,
-    "do_eval": _SCRIPT,
-    "do_predict": _SCRIPT,
+    "do_train": _loop("whether a run file trains (true unless it says false); a script reads it"),
+    "do_eval": _loop(
+        "whether a run file evaluates at its end (true where it has something to evaluate on); "
+        "a script reads it"
+    ),
+    "do_predict": _loop(
+        "refused in a run file, which names nothing to predict on; a script reads it"
+    ),
 }
 
 

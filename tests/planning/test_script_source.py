@@ -88,6 +88,50 @@ def test_a_module_beside_the_script_is_looked_into(tmp_path: Path) -> None:
     assert facts.fresh_reason == "inner.py:2 sets an environment variable before its imports"
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("import os\ndef setup():\n    os.environ['A'] = '1'\nsetup()\nimport torch\n", 3),
+        (
+            "import os\ndef inner():\n    os.putenv('A', '1')\ndef setup():\n    inner()\n"
+            "x = [setup()]\nimport torch\n",
+            3,
+        ),
+        (
+            "import os\ndef main():\n    os.environ['A'] = '1'\n    import torch\n"
+            "if __name__ == '__main__':\n    main()\n",
+            3,
+        ),
+        ("import os\nmatch 1:\n    case 1:\n        os.environ['A'] = '1'\nimport torch\n", 4),
+        ("import os\nclass A:\n    os.environ['A'] = '1'\nimport torch\n", 3),
+    ],
+)
+def test_functions_that_are_called_are_looked_into(tmp_path: Path, text: str, line: int) -> None:
+    reason = f"train.py:{line} sets an environment variable before its imports"
+
+    assert _facts(tmp_path, text) == ScriptFacts(preload=(), fresh_reason=reason)
+
+
+def test_a_function_of_a_module_beside_the_script_is_looked_into(tmp_path: Path) -> None:
+    setup = "import os\ndef prepare():\n    os.environ['A'] = '1'\n"
+    reason = "setup_env.py:3 sets an environment variable before its imports"
+
+    for text in (
+        "from setup_env import prepare\nprepare()\nimport torch\n",
+        "from setup_env import prepare as p\np()\nimport torch\n",
+        "import setup_env\nsetup_env.prepare()\nimport torch\n",
+    ):
+        assert _facts(tmp_path, text, setup_env=setup).fresh_reason == reason
+    unused = _facts(tmp_path, "import setup_env\nimport torch\n", setup_env=setup)
+    assert unused == ScriptFacts(preload=("torch",))
+
+
+def test_what_a_called_function_imports_is_preloaded(tmp_path: Path) -> None:
+    text = "def main():\n    import torch\n    main()\nmain()\n"
+
+    assert _facts(tmp_path, text).preload == ("torch",)
+
+
 def test_a_module_that_hides_an_installed_one_needs_fresh_interpreters(tmp_path: Path) -> None:
     facts = _facts(tmp_path, "import torch\n", datasets="")
 

@@ -12,6 +12,9 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 
 from bigtrain.errors import UnsupportedError
+from bigtrain.layers import Override
+from bigtrain.plan import write_plan
+from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.trainer.arguments import TrainingArguments
 from tests.trainer.samples import trainer
 
@@ -39,6 +42,25 @@ def test_alone_this_is_the_one_process(tmp_path: Path) -> None:
     assert (args.process_index, args.world_size, args.should_save) == (0, 1, True)
     assert args.device == torch.device("cpu") and args.n_gpu == 0
     assert args.train_batch_size == 8
+
+
+@pytest.mark.parametrize("said_by", ["flag", "nobody"])
+def test_the_launcher_s_output_dir_wins_over_the_script_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by: str
+) -> None:
+    (tmp_path / "train.py").write_text("import bigtrain\n")
+    said = Override(key="output_dir", value="said", origin="flag --output-dir")
+    plan = make_plan(
+        Request(target="train.py", overrides=(said,) if said_by == "flag" else ()),
+        Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True),
+    )
+    write_plan(plan, tmp_path / "plan.json")
+    monkeypatch.setenv("BIGTRAIN_PLAN", str(tmp_path / "plan.json"))
+
+    args = TrainingArguments(output_dir=str(tmp_path / "own"))
+
+    wanted = {"flag": "said", "nobody": "own"}[said_by]
+    assert args.output_dir == str(tmp_path / wanted)
 
 
 def test_bf16_needs_no_permission_on_a_machine_without_a_gpu(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""The fields of a plan that say where a run is kept, how it starts, and from which checkpoint."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from bigtrain.cluster import threads
+from bigtrain.planning.output_dir import next_attempt
+from bigtrain.planning.processes import Processes
+from bigtrain.planning.request import Surroundings
+from bigtrain.sections import ClusterSection
+
+
+def place(target: Path, output_dir: str, surroundings: Surroundings) -> dict[str, Any]:
+    """The fields of a plan that are paths, absolute, and the number of this attempt."""
+    directory = (surroundings.working_dir / Path(output_dir).expanduser()).resolve()
+    return {
+        "source": str(target.resolve()),
+        "working_dir": str(surroundings.working_dir),
+        "output_dir": str(directory),
+        "attempt": next_attempt(directory),
+    }
+
+
+def launching(
+    processes: Processes, cluster: ClusterSection, *, fresh_reason: str
+) -> dict[str, Any]:
+    """The fields of a plan that say how its processes are started."""
+    method, reason = _start(cluster, fresh_reason)
+    return {
+        "topology": processes.topology,
+        "device": processes.device,
+        "environment": cluster.environment(),
+        "start_method": method,
+        "start_reason": reason,
+        "threads_per_rank": threads.per_rank(processes.topology.procs_per_node),
+        "max_restarts": cluster.max_restarts,
+        "slurm": cluster.slurm,
+        "interface": cluster.interface,
+        "join_timeout_s": cluster.join_timeout_s,
+    }
+
+
+def _start(cluster: ClusterSection, fresh_reason: str) -> tuple[Literal["fork", "fresh"], str]:
+    """The start method, and why where it was not asked for."""
+    if sys.platform != "linux":
+        return "fresh", f"{sys.platform} can't fork ranks safely"
+    if cluster.start is None and fresh_reason:
+        return "fresh", fresh_reason
+    return cluster.start or "fork", ""
+
+
+def resume(asked: str | None, training: Mapping[str, Any], working_dir: Path) -> str:
+    """As `RunPlan.resume` has it. CheckpointError where a path holds no checkpoint."""
+    said = training.get("resume_from_checkpoint") if asked is None else asked
+    if said is None or said is True:
+        return "auto"
+    if said is False:
+        return "never"
+    if said in ("auto", "never", "script"):
+        return str(said)
+    from bigtrain.checkpoint.find import require_checkpoint
+
+    path = (working_dir / Path(str(said)).expanduser()).resolve()
+    require_checkpoint(path)
+    return str(path)

@@ -1,0 +1,83 @@
+"""What a run file names on this machine and is not there: files, columns, directories of models.
+
+Only looks that cost nothing: a directory's entries, the first lines of a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from bigtrain.arguments.values import did_you_mean
+from bigtrain.data.files import columns, format_of, matching
+from bigtrain.data.sources import BUILTINS
+from bigtrain.errors import ConfigError, DataError
+from bigtrain.sections import DataSection, ModelSection, TokenizerSection
+
+_PATH_STARTS = ("/", "./", "../", "~")
+
+
+def faults(
+    data: DataSection | None,
+    model: ModelSection | None,
+    tokenizer: TokenizerSection | None,
+    *,
+    root: Path,
+) -> Iterator[tuple[str, str]]:
+    """(`section.key`, what is wrong and the fix). Relative paths are looked for under `root`.
+
+    A section that is None is passed over.
+    """
+    if model is not None and model.name is not None:
+        yield from _directory_faults("model.name", model.name, "config.json", root)
+    if tokenizer is not None and tokenizer.name is not None:
+        yield from _directory_faults(
+            "tokenizer.name", tokenizer.name, "tokenizer_config.json", root
+        )
+    if data is not None:
+        yield from _data_faults(data, root)
+
+
+def _directory_faults(key: str, name: str, needed: str, root: Path) -> Iterator[tuple[str, str]]:
+    """A name that can only be a path, or that is one here, has to hold what is loaded from it."""
+    path = root / Path(name).expanduser()
+    if not path.is_dir():
+        if name.startswith(_PATH_STARTS):
+            yield key, f"{name} is not a directory{_nearest(path)}"
+        return
+    if not (path / needed).is_file():
+        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        yield key, f"{name} has no {needed}; it holds {names}"
+
+
+def _nearest(path: Path) -> str:
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return did_you_mean(path.name, names)
+
+
+def _data_faults(data: DataSection, root: Path) -> Iterator[tuple[str, str]]:
+    name = data.name or ""
+    if name.startswith("builtin:") and name not in BUILTINS:
+        yield "data.name", f"{name!r} is not one of {', '.join(BUILTINS)}"
+    for key, patterns in (("train_files", data.train_files), ("eval_files", data.eval_files)):
+        for pattern in patterns or ():
+            yield from _file_faults(f"data.{key}", pattern, data, root)
+
+
+def _file_faults(
+    key: str, pattern: str, data: DataSection, root: Path
+) -> Iterator[tuple[str, str]]:
+    """One look at the first file of a pattern: the others are likely to be like it."""
+    try:
+        files = matching(pattern, root)
+        kinds = [data.format or format_of(path) for path in files]
+    except (ConfigError, DataError) as error:
+        yield key, str(error)
+        return
+    found = columns(files[0], kinds[0])
+    if found is not None and data.text_field not in found:
+        yield (
+            "data.text_field",
+            f"{files[0]} has no column {data.text_field!r}; it has {', '.join(found)}",
+        )

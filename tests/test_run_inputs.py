@@ -1,0 +1,121 @@
+"""What a run file names and is not there is told before anything starts, with all else."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from bigtrain.errors import ConfigError
+from bigtrain.planning import Request, Surroundings, make_plan
+
+_RUN = """\
+model:
+  config: {{model_type: llama, hidden_size: 64}}
+tokenizer: {{kind: bytes}}
+data: {{{data}, sequence_length: 32}}
+training: {{max_steps: 1{training}}}
+"""
+
+
+def _plan(folder: Path, data: str, *, training: str = "", device_memory: int | None = None) -> None:
+    (folder / "run.yaml").write_text(_RUN.format(data=data, training=training))
+    surroundings = Surroundings(
+        environment={"CUDA_VISIBLE_DEVICES": ""},
+        working_dir=folder,
+        is_rehearsal=True,
+        device_memory=device_memory,
+    )
+    make_plan(Request(target="run.yaml"), surroundings)
+
+
+def _faults(folder: Path, data: str, *, training: str = "") -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as raised:
+        _plan(folder, data, training=training)
+    return raised.value.faults
+
+
+def test_missing_files_are_told_with_what_is_near_and_with_all_other_faults(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("text")
+
+    wrong_engine = _faults(tmp_path, "train_files: corpsu.txt", training=", bf16: true, fp16: true")
+    wrong_key = _faults(tmp_path, "train_files: corpsu.txt", training=", lerning_rate: 1")
+
+    missing = (
+        f"run.yaml:4: data.train_files: {tmp_path}/corpsu.txt names no file; "
+        f"in {tmp_path} there is corpus.txt"
+    )
+    assert wrong_engine == (
+        missing,
+        "run.yaml:5: training.fp16: bf16 and fp16 are both true; keep one of them",
+    )
+    assert wrong_key[0] == missing
+    assert wrong_key[1].endswith("unknown key; did you mean 'learning_rate'?")
+
+
+def test_a_glob_has_to_name_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+
+    _plan(tmp_path, "train_files: ['*.txt']")
+
+    assert "names no file" in _faults(tmp_path, "train_files: ['*.txt', '*.md']")[0]
+    assert "eval_files" in _faults(tmp_path, "train_files: a.txt, eval_files: b.txt")[0]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.jsonl.gz"])
+def test_the_column_of_the_text_has_to_be_there(tmp_path: Path, name: str) -> None:
+    rows = "body,n\nsome text,1\n" if name.endswith("csv") else '{"body": "text", "n": 1}\n'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(rows.encode()) if name.endswith("gz") else rows.encode())
+
+    _plan(tmp_path, f"train_files: {name}, text_field: body")
+
+    assert _faults(tmp_path, f"train_files: {name}") == (
+        f"run.yaml:4: data.text_field: {path} has no column 'text'; it has body, n",
+    )
+
+
+def test_a_column_that_some_rows_lack_is_there(tmp_path: Path) -> None:
+    rows = [{"id": 1}, {"text": "some"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    _plan(tmp_path, "train_files: rows.jsonl")
+
+
+def test_what_a_look_can_not_tell_is_left_to_whoever_reads_it(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('[\n{"body": "text"}\n]\n')
+    (tmp_path / "empty.csv").write_text("")
+
+    _plan(tmp_path, "train_files: rows.json")
+    _plan(tmp_path, "train_files: empty.csv")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ("{name: ./modle}", "./modle is not a directory; did you mean 'model'?"),
+        ("{name: model}", "model has no config.json; it holds weights"),
+    ],
+)
+def test_a_model_s_directory_has_to_hold_one(tmp_path: Path, said: str, message: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").touch()
+    (tmp_path / "run.yaml").write_text(
+        f"model: {said}\ntokenizer: {{kind: bytes}}\ndata: builtin:python-docs\n"
+    )
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+
+    with pytest.raises(ConfigError) as raised:
+        make_plan(Request(target="run.yaml"), surroundings)
+
+    assert str(raised.value) == f"run.yaml:1: model.name: {message}"
+
+
+def test_a_name_of_built_in_text_has_to_be_one(tmp_path: Path) -> None:
+    assert "is not one of builtin:python-docs" in _faults(tmp_path, "name: 'builtin:poems'")[0]
+
+
+def test_a_plan_for_another_machine_does_not_ask_this_one_for_data(tmp_path: Path) -> None:
+    _plan(tmp_path, "train_files: nowhere.txt", device_memory=80 << 30)
