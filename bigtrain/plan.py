@@ -52,6 +52,9 @@ class RunPlan:
     """TrainingArguments fields that were set or derived, with whole values."""
     output_dir: str
     attempt: int = 1
+    run_id: str = ""
+    """Borne by this run's checkpoints, and the same in all attempts that go on with the run. Ranks
+    that derive their plan themselves take rank 0's."""
     resume: str = "auto"
     """`auto`, `never`, the absolute path of a checkpoint, or `script`: as the script says."""
     environment: Mapping[str, str] = field(default_factory=dict)

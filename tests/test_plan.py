@@ -90,6 +90,7 @@ def test_the_plan_s_json_golden() -> None:
         "training": {"learning_rate": 0.30000000000000004, "report_to": ["tensorboard"]},
         "output_dir": "/runs/out",
         "attempt": 1,
+        "run_id": "",
         "resume": "auto",
         "environment": {"TOKENIZERS_PARALLELISM": "false"},
         "start_method": "fork",

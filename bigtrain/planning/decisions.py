@@ -155,6 +155,7 @@ def plan_of(
     )
     shape = read_shape(config.model, surroundings.working_dir)
     training, translation = _translated(config, processes, shape)
+    going_on = resume(request.resume, config.training, surroundings.working_dir)
     derived = {f"training.{name}": "derived" for name in training if name not in config.training}
     return RunPlan(
         name=config.name,
@@ -165,10 +166,9 @@ def plan_of(
         tokenizer=config.tokenizer.said() if config.tokenizer else {},
         data=config.data.said(),
         training=training,
-        resume=resume(request.resume, config.training, surroundings.working_dir),
         preload=preloading.for_run_file(processes.engine, shape.model_type, training),
         origins={**derived, **config.origins, **processes.origins},
-        **place(target, config.output_dir, surroundings),
+        **place(target, config.output_dir, surroundings, resume=going_on),
         **launching(processes, config.cluster, fresh_reason=""),
     )
 

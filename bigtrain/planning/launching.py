@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigtrain.cluster import threads
-from bigtrain.planning.output_dir import next_attempt
+from bigtrain.planning.output_dir import next_attempt, run_id
 from bigtrain.planning.processes import Processes
 from bigtrain.planning.request import Surroundings
 from bigtrain.sections import ClusterSection
 
 
-def place(target: Path, output_dir: str, surroundings: Surroundings) -> dict[str, Any]:
-    """The fields of a plan that are paths, absolute, and the number of this attempt."""
+def place(
+    target: Path, output_dir: str, surroundings: Surroundings, *, resume: str
+) -> dict[str, Any]:
+    """The fields of a plan that are paths, absolute, and which attempt of which run it is."""
     directory = (surroundings.working_dir / Path(output_dir).expanduser()).resolve()
     return {
         "source": str(target.resolve()),
         "working_dir": str(surroundings.working_dir),
         "output_dir": str(directory),
         "attempt": next_attempt(directory),
+        "run_id": run_id(directory, begins_anew=resume == "never"),
+        "resume": resume,
     }
 
 

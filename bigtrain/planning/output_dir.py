@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,19 @@ def plan_path(plan: RunPlan) -> Path:
 def next_attempt(output_dir: Path) -> int:
     """One more than the highest attempt that has left a plan."""
     return max((number for number, _ in _recorded(output_dir)), default=0) + 1
+
+
+def run_id(output_dir: Path, *, begins_anew: bool) -> str:
+    """The id of the run that the directory's newest attempt belongs to, or else a new one."""
+    recorded = _recorded(output_dir)
+    if recorded and not begins_anew:
+        try:
+            earlier = read_plan(max(recorded)[1]).run_id
+        except ConfigError:
+            earlier = ""
+        if earlier:
+            return earlier
+    return uuid.uuid4().hex
 
 
 def check_output_dir(plan: RunPlan) -> None:

@@ -47,6 +47,7 @@ def plan_script(target: Path, request: Request, surroundings: Surroundings) -> R
         origins=config.origins,
     )
     name = config.name or target.stem
+    going_on = resume(request.resume or "script", {}, surroundings.working_dir)
     started = _script_launching(processes, config, facts, translation, training)
     told = {f"cluster.env.{variable}": "for accelerate" for variable in started["environment"]}
     return RunPlan(
@@ -55,10 +56,9 @@ def plan_script(target: Path, request: Request, surroundings: Surroundings) -> R
         script_args=request.script_args,
         engine=translation.engine,
         training=training,
-        resume=resume(request.resume or "script", {}, surroundings.working_dir),
         preload=preloading.for_script(processes.engine, facts.preload),
         origins={**told, **config.origins, **processes.origins, **_output_origin(config, facts)},
-        **place(target, config.output_dir or f"runs/{name}", surroundings),
+        **place(target, config.output_dir or f"runs/{name}", surroundings, resume=going_on),
         **started,
     )
 

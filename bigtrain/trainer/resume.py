@@ -223,7 +223,8 @@ class Resume(Saving):
             resets = self.args.reset_optimizer
             if not resets:
                 self._require_resumable(checkpoint, loaded.source.param_groups is not None)
-            self._run_id = loaded.run_id
+            if checkpoint.resolve().parent == self._output_dir().resolve():
+                self._run_id = loaded.run_id
             self._take_position(loaded)
             ranks = self.args.ranks
             restore(self.engine, loaded, world=ranks, optimizer=not resets)

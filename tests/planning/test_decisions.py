@@ -213,7 +213,12 @@ def test_the_second_launch_of_a_run_is_its_second_attempt(folder: Path) -> None:
     first = _make(folder)
     write_plan(first, plan_path(first))
 
-    assert _make(folder, "training.max_steps=5").attempt == 2
+    second = _make(folder, "training.max_steps=5")
+
+    assert second.attempt == 2
+    assert len(first.run_id) == 32
+    assert second.run_id == first.run_id
+    assert _make(folder, resume="never").run_id != first.run_id
 
 
 def test_another_run_s_directory_is_refused_with_the_ways_out(folder: Path) -> None:

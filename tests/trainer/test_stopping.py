@@ -18,7 +18,7 @@ from tests.engine.harness import run_ranks
 from tests.trainer.samples import Sentences, losses, trainer
 
 
-def make_plan(folder: Path, *, ranks: int = 1) -> Path:
+def make_plan(folder: Path, *, ranks: int = 1, run_id: str = "") -> Path:
     settings: EngineSettings = SingleSettings() if ranks == 1 else DdpSettings()
     plan = RunPlan(
         name="run",
@@ -29,6 +29,7 @@ def make_plan(folder: Path, *, ranks: int = 1) -> Path:
         device="cpu",
         engine=EngineConfig(name="single" if ranks == 1 else "ddp", settings=settings),
         output_dir=str(folder),
+        run_id=run_id,
     )
     path = folder / "plans" / "attempt-01.json"
     write_plan(plan, path)

@@ -18,10 +18,12 @@ import torch
 from transformers import TrainerCallback
 
 from bigtrain.errors import CheckpointError
+from bigtrain.plan import PLAN_VARIABLE
 from bigtrain.topology import RankInfo
 from bigtrain.trainer.trainer import Trainer
 from tests.engine import harness
 from tests.trainer.samples import Sentences, losses, tiny_llama, trainer
+from tests.trainer.test_stopping import make_plan
 
 EVERY = 3
 STEPS = 9
@@ -250,6 +252,39 @@ def train_some(world: RankInfo, folder: Path, changed: dict[str, Any]) -> tuple[
     run = run_of(folder, **changed)
     run.train(resume_from_checkpoint=any(folder.glob("checkpoint-*[0-9]")))
     return resumed_from(run), losses(run)
+
+
+class KilledWhileSaving(Trainer):
+    """Dies when the staging is there and nothing is committed."""
+
+    def _write_checkpoint_files(self, directory: Path) -> None:
+        super()._write_checkpoint_files(directory)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leftovers(folder: Path) -> list[str]:
+    return [path.name for path in folder.glob("checkpoint-*.*-*")]
+
+
+def test_what_a_first_save_left_is_cleared_by_the_next_attempt_of_its_run_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLAN_VARIABLE, str(make_plan(tmp_path, run_id="this run's")))
+    if (pid := os.fork()) == 0:
+        base = run_of(tmp_path)
+        KilledWhileSaving(model=base.model, args=base.args, train_dataset=Sentences(60)).train()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert len(leftovers(tmp_path)) == 1
+    shutil.rmtree(tmp_path / "plans")
+    monkeypatch.setenv(PLAN_VARIABLE, str(make_plan(tmp_path, run_id="another's")))
+    run_of(tmp_path, save_steps=STEPS).train(resume_from_checkpoint=False)
+    assert len(leftovers(tmp_path)) == 1
+    shutil.rmtree(tmp_path / "plans")
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    monkeypatch.setenv(PLAN_VARIABLE, str(make_plan(tmp_path, run_id="this run's")))
+    run_of(tmp_path, save_steps=STEPS).train()
+    assert leftovers(tmp_path) == []
 
 
 @pytest.mark.slow
