@@ -22,6 +22,7 @@ from typing import Any
 from transformers import default_data_collator
 
 from bigtrain import rank_logging
+from bigtrain.checkpoint.agreement import attempt
 from bigtrain.data.dataset import PadBatch
 from bigtrain.data.prepare import PreparedData, prepare
 from bigtrain.device import choose_device
@@ -156,7 +157,7 @@ def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]
     """Train, export, evaluate. Returns the first and the last evaluation loss."""
     if plan.training.get("do_train", True):
         trainer.train()
-        trainer.save_model()
+        attempt(trainer.args.ranks, trainer.save_model)
     wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
     if wants_evaluation and not _is_evaluated(trainer):
         trainer.evaluate()

@@ -165,9 +165,10 @@ def free_bytes(directory: Path) -> int:
 
 def disk_full(directory: Path, *, needed: int, free: int) -> str:
     """The message of a checkpoint that doesn't fit."""
+    takes, has = readable_size(needed), readable_size(free)
     return (
-        f"no space for the checkpoint in {directory}: it takes {_size(needed)}, {_size(free)} are "
-        "free; free some or lower save_total_limit. Earlier checkpoints are untouched"
+        f"no space for the checkpoint in {directory}: it takes {takes}, {has} are free; free some "
+        "or lower save_total_limit. Earlier checkpoints are untouched"
     )
 
 
@@ -179,12 +180,18 @@ def naming_full_disk(directory: Path, *, needed: int) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as fault:
-        free = free_bytes(directory)
-        # Libraries hide the cause (safetensors, torch.save): then the space left tells.
-        out_of_space = getattr(fault, "errno", None) in _NO_SPACE or "os error 28" in str(fault)
-        if out_of_space or free < min(needed, 1 << 20):
+        if is_out_of_space(fault, directory, needed=needed):
+            free = free_bytes(directory)
             raise CheckpointError(disk_full(directory, needed=needed, free=free)) from fault
         raise
+
+
+def is_out_of_space(fault: Exception, directory: Path, *, needed: int) -> bool:
+    """Whether a write of `needed` bytes into the directory failed for want of space."""
+    if getattr(fault, "errno", None) in _NO_SPACE or "os error 28" in str(fault):
+        return True
+    # Libraries hide the cause (safetensors, torch.save): then the space left tells.
+    return free_bytes(directory) < min(needed, 1 << 20)
 
 
 def sync_directory(path: Path) -> None:
@@ -240,7 +247,8 @@ def _subdirectories(output_dir: Path) -> list[Path]:
         return []
 
 
-def _size(count: int) -> str:
+def readable_size(count: int) -> str:
+    """`1.3 GB`."""
     size, unit = float(count), "bytes"
     for larger in ("KB", "MB", "GB", "TB"):
         if size < 1000:

@@ -21,6 +21,8 @@ from transformers.trainer_utils import (
     unwrap_peft_model,
 )
 
+from bigtrain.checkpoint.agreement import on_main
+from bigtrain.checkpoint.exported import exporting
 from bigtrain.checkpoint.manifest import Progress
 from bigtrain.checkpoint.save import InFlight, Saver, SaveRequest
 from bigtrain.checkpoint.staging import rotate
@@ -61,8 +63,19 @@ class Saving(Reporting, TrainerCore):
             state_dict = dict(self.model.state_dict()) if self.args.should_save else {}
         else:
             state_dict = self._whole_weights(keep_masters=_internal_call)
-        if self.args.should_save:
-            self._save(directory, state_dict=state_dict)
+        if _internal_call:
+            if self.args.should_save:
+                self._save(directory, state_dict=state_dict)
+        elif self._is_prepared and self.engine.is_sharded:
+            on_main(self.args.ranks, lambda: self._export(Path(directory), state_dict))
+        elif self.args.should_save:
+            # Scripts may call this on the main process alone.
+            self._export(Path(directory), state_dict)
+
+    def _export(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
+        nbytes = sum(tensor.nbytes for tensor in state_dict.values())
+        with exporting(directory, nbytes=nbytes) as staging:
+            self._save(str(staging), state_dict=state_dict)
 
     def _whole_weights(self, *, keep_masters: bool) -> dict[str, Tensor]:
         """All weights on the main rank's CPU, each as it gets there; none on other ranks."""
@@ -246,9 +259,11 @@ class Saving(Reporting, TrainerCore):
         )
 
     def _run(self) -> str:
-        """The id that this run's checkpoints bear; a resumed run keeps its first one."""
+        """The id that this run's checkpoints bear: that of the one which it goes on from, else
+        the plan's."""
         if self._run_id is None:
-            self._run_id = collectives.from_main(uuid.uuid4().hex)
+            planned = self._plan.run_id if self._plan is not None else ""
+            self._run_id = collectives.from_main(planned or uuid.uuid4().hex)
         return self._run_id
 
     def _remember_best(self, output_dir: Path, target: Path) -> None:

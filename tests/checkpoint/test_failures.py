@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -242,19 +240,6 @@ def test_an_output_directory_that_cannot_be_made_is_one_clear_error(tmp_path: Pa
     engine = StandIn(*make_state(), world=ALONE, is_sharded=True)
     with pytest.raises(CheckpointError, match="give an output directory that can be written to"):
         save(tmp_path / "file" / "checkpoint-1", engine)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
-    if mounted.returncode:
-        pytest.skip(f"can't mount a small disk: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 @SHARDED

@@ -13,7 +13,9 @@ import transformers
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from bigtrain.errors import CheckpointError
+from bigtrain.topology import RankInfo
 from bigtrain.trainer.trainer import Trainer
+from tests.engine.harness import run_ranks
 from tests.trainer.samples import (
     Sentences,
     Stream,
@@ -309,3 +311,31 @@ def test_model_init_makes_each_training_a_fresh_one(tmp_path: Path) -> None:
     first = losses(run)
     run.train()
     assert losses(run) == first
+
+
+def fail_to_export(world: RankInfo, folder: Path, changed: dict[str, Any]) -> str:
+    run = trainer(folder, max_steps=1, **changed)
+    run.train()
+    (folder / "file").touch()
+    with pytest.raises(Exception, match="file") as failed:
+        run.save_model(str(folder / "file"))
+    run.save_model()
+    return type(failed.value).__name__
+
+
+def test_all_ranks_hear_that_a_model_could_not_be_written(tmp_path: Path) -> None:
+    found = run_ranks(2, fail_to_export, tmp_path, {"fsdp": "full_shard"})
+
+    assert found == ["CheckpointError", "CheckpointError"]
+    assert LlamaForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_main_process_alone_may_save_a_model_that_it_has_whole(tmp_path: Path) -> None:
+    def save(world: RankInfo) -> None:
+        run = trainer(tmp_path, max_steps=1)
+        run.train()
+        if run.is_world_process_zero():
+            run.save_model()
+
+    run_ranks(2, save)
+    assert LlamaForCausalLM.from_pretrained(tmp_path)
