@@ -145,6 +145,14 @@ def launch(
         int | None,
         typer.Option("--max-restarts", metavar="N", help="Starts anew after a failure."),
     ] = None,
+    on_save_failure: Annotated[
+        str | None,
+        typer.Option(
+            "--on-save-failure",
+            metavar="stop|continue",
+            help="When a checkpoint can't be saved. Default: stop.",
+        ),
+    ] = None,
     env: Env = None,
     start: Annotated[
         str | None,
@@ -171,6 +179,7 @@ def launch(
         "output_dir": ("--output-dir", output_dir),
         "cluster.max_restarts": ("--max-restarts", max_restarts),
         "cluster.start": ("--start", start),
+        "training.on_save_failure": ("--on-save-failure", on_save_failure),
         "training.deepspeed": ("--deepspeed", deepspeed),
     }
     with _faults_told(as_json=as_json):

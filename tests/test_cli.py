@@ -205,3 +205,14 @@ def test_a_script_is_launched_with_its_arguments_and_its_exit_code(folder: Path)
     assert "0 ['--lr', '1', '--help']\n" in done.stdout
     assert read_plan(folder / "out/plans/attempt-01.json").script_args == ("--lr", "1", "--help")
     assert "Traceback" not in done.stderr
+
+
+def test_what_a_failed_save_does_is_a_flag(folder: Path) -> None:
+    right = _run(folder, "launch", "quick.yaml", "--on-save-failure", "continue", "--dry-run")
+    wrong = _run(folder, "launch", "quick.yaml", "--on-save-failure", "maybe", "--dry-run")
+
+    assert right.returncode == 0
+    assert "on_save_failure" in right.stdout
+    assert wrong.returncode == 2
+    assert "on_save_failure" in wrong.stderr
+    assert "stop" in wrong.stderr

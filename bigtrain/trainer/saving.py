@@ -236,6 +236,7 @@ class Saving(Reporting, TrainerCore):
         except CheckpointError as fault:
             if self.args.on_save_failure != "continue":
                 raise
+            self._saved_step = None
             logger.warning("no checkpoint was saved, going on without it: %s", fault)
 
     def _write_checkpoint_files(self, directory: Path) -> None:

@@ -176,6 +176,74 @@ def test_a_save_that_fails_in_the_background_stops_or_is_said(
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-9"]
 
 
+class FillsTheDisk(TrainerCallback):
+    """Leaves so many bytes free once the first checkpoint is there, until a step is done."""
+
+    def __init__(self, disk: Path, *, left: int, until: int = -1) -> None:
+        self.ballast, self.left, self.until = disk / "ballast", left, until
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == EVERY:
+            free = os.statvfs(self.ballast.parent)
+            self.ballast.write_bytes(bytes(max(0, free.f_bavail * free.f_frsize - self.left)))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.until:
+            self.ballast.unlink()
+
+
+@pytest.mark.parametrize("later", [True, False], ids=["background", "at once"])
+def test_a_full_disk_is_gone_on_through_when_asked(
+    tmp_path: Path, small_disk: Path, later: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_of(tmp_path)
+    whole.train()
+    fills = FillsTheDisk(small_disk, left=50 << 10, until=2 * EVERY + 2)
+    changed = {"on_save_failure": "continue", "async_save": later}
+    run = run_of(small_disk, callbacks=[fills], **changed)
+    run.train()
+    assert losses(run) == losses(whole)
+    assert f"going on without it: no space for the checkpoint in {small_disk}" in caplog.text
+    assert {p.name for p in small_disk.iterdir()} == {"checkpoint-3", "checkpoint-9"}
+
+
+def train_on_a_filling_disk(
+    world: RankInfo, disk: Path, left: int, changed: dict[str, Any]
+) -> str | None:
+    callbacks = [FillsTheDisk(disk, left=left)] if world.is_main else []
+    try:
+        run_of(disk, callbacks=callbacks, **changed).train()
+    except CheckpointError as fault:
+        return str(fault)
+    return None
+
+
+@pytest.mark.parametrize("sizes", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_whatever_space_is_left_the_newest_good_step_is_gone_on_from(
+    tmp_path: Path, small_disk: Path, engine: str, sizes: int
+) -> None:
+    changed: dict[str, Any] = {"fsdp": "full_shard"} if engine == "fsdp" else {}
+    _, whole = harness.run_ranks(2, train_some, tmp_path, changed)[0]
+    resumed = set()
+    most = 2000 << 10
+    for number in range(sizes):
+        left = most * number // (sizes - 1)
+        faults = harness.run_ranks(2, train_on_a_filling_disk, small_disk, left, changed)
+        assert len(set(faults)) == 1
+        assert faults[0] is None or "no space for the checkpoint" in faults[0]
+        (small_disk / "ballast").unlink()
+        newest = max(int(path.name.removeprefix("checkpoint-")) for path in small_disk.iterdir())
+        assert (newest == STEPS) == (faults[0] is None)
+        rest = changed | {"save_strategy": "no"}
+        for step, found in harness.run_ranks(2, train_some, small_disk, rest):
+            assert (step, found) == (newest, whole)
+        resumed.add(newest)
+        for path in small_disk.iterdir():
+            shutil.rmtree(path)
+    assert {EVERY, STEPS} <= resumed
+
+
 def test_a_new_optimizer_is_begun_when_asked(tmp_path: Path) -> None:
     run_of(tmp_path, max_steps=EVERY).train()
     rest = run_of(tmp_path, reset_optimizer=True, save_strategy="no")
