@@ -13,7 +13,9 @@ from bigtrain.plan_report import leaves, origin, short
 
 _NOTHING = "–"
 # About this attempt and this machine, not about what is trained.
-_NOT_COMPARED = frozenset({"fates", "origins", "attempt", "start_reason", "working_dir", "preload"})
+_NOT_COMPARED = frozenset(
+    {"fates", "origins", "attempt", "run_id", "start_reason", "working_dir", "preload"}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
