@@ -20,7 +20,7 @@ from bigtrain.checkpoint.save import save_checkpoint
 from bigtrain.engine import build_engine
 from bigtrain.engine.protocol import Engine
 from bigtrain.topology import RankInfo
-from bigtrain.translate.config import DTypeName, EngineName
+from bigtrain.translate.config import DTypeName, EngineName, EngineOptions
 from tests.engine import recipes
 from tests.engine.recipes import Recipe
 
@@ -96,7 +96,11 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 def prepare(case: Case, world: RankInfo, *, seed: int) -> tuple[Engine, nn.Module]:
     config = recipes.engine_config(
-        case.engine, world_size=world.world_size, dtype=case.dtype, shard=case.shard
+        case.engine,
+        world_size=world.world_size,
+        dtype=case.dtype,
+        shard=case.shard,
+        options=EngineOptions(offload_optimizer="cpu" if case.offloads else None),
     )
     engine = build_engine(config, world=world, device=recipes.CPU)
     model = engine.construct(

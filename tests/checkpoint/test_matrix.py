@@ -18,9 +18,14 @@ ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 EVERY = [
     Case("single", 1),
     *(Case(engine, size) for engine in ENGINES for size in (1, 2, 3, 4)),
+    *(Case("zero3", size, offloads=True) for size in (1, 2, 3, 4)),
     Case("fsdp", 4, shard=2),
 ]
-EACH_ONCE = [Case("single", 1), *(Case(engine, 2) for engine in ENGINES)]
+EACH_ONCE = [
+    Case("single", 1),
+    *(Case(engine, 2) for engine in ENGINES),
+    Case("zero3", 2, offloads=True),
+]
 ACROSS = 1e-6
 """Of a first loss, relative: the order of summation changes with the number of ranks."""
 

@@ -68,15 +68,19 @@ class Record:
 
 
 def engine_config(
-    name: EngineName, *, world_size: int, dtype: DTypeName = "fp32", shard: int | None = None
+    name: EngineName,
+    *,
+    world_size: int,
+    dtype: DTypeName = "fp32",
+    shard: int | None = None,
+    options: EngineOptions | None = None,
 ) -> EngineConfig:
-    return EngineConfig(
-        name=name, settings=_settings(name, world_size, dtype, shard), compute_dtype=dtype
-    )
+    settings = _settings(name, world_size, dtype, shard, options or EngineOptions())
+    return EngineConfig(name=name, settings=settings, compute_dtype=dtype)
 
 
 def _settings(
-    name: EngineName, world_size: int, dtype: DTypeName, shard: int | None
+    name: EngineName, world_size: int, dtype: DTypeName, shard: int | None, options: EngineOptions
 ) -> EngineSettings:
     if name == "single":
         return SingleSettings()
@@ -93,7 +97,7 @@ def _settings(
         stage={"zero1": 1, "zero2": 2, "zero3": 3}[name],  # type: ignore[arg-type]
         topology=Topology(procs_per_node=world_size, shard_size=world_size),
         compute=dtype,
-        options=EngineOptions(),
+        options=options,
         on_cpu=True,
         hidden_size=32,
     )
