@@ -246,7 +246,9 @@ def write_dcp(out: Path, shapes: OrderedDict[str, tuple[int, ...]]) -> None:
     path.write_text(script)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command = [*launcher, f"--nproc-per-node={_WORLD}", str(path), str(out), json.dumps(shapes)]
-    subprocess.run(command, check=True, capture_output=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
 
 
 def write_all(folder: Path, gigabytes: float) -> None:

@@ -51,6 +51,10 @@ def consolidate(
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Of one file: 5GB, 500MB, …")
     ] = "5GB",
+    format_: Annotated[
+        str,
+        typer.Option("--format", metavar="safetensors|torch", help="torch: pytorch_model.bin."),
+    ] = "safetensors",
     prefix: Annotated[
         str, typer.Option("--prefix", metavar="TEXT", help="To cut off names. auto: found out.")
     ] = "auto",
@@ -81,6 +85,7 @@ def consolidate(
         "weights": weights,
         "dtype": dtype,
         "max_shard_size": max_shard_size,
+        "format": format_,
         "prefix": prefix,
         "jobs": jobs,
         "verify": verify,

@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import xxhash
-
-from bigtrain.checkpoint.consolidate.layout import OutputFile, OutputTensor
+from bigtrain.checkpoint.consolidate.digest import Digest
+from bigtrain.checkpoint.consolidate.frames import OutputTensor
+from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.staging import free_bytes, sync_directory
 from bigtrain.errors import CheckpointError
 
@@ -55,24 +55,31 @@ class FileJournal:
         self.hashes = {entry.name: entry.xxh3 for entry in earlier}
         self.overflowed: dict[str, int] = {}
 
-    def finished(self, file: OutputFile, fd: int) -> tuple[list[OutputTensor], xxhash.xxh3_128]:
-        """The first tensors of the file that an earlier attempt finished, and the file's hash."""
-        offset = len(file.header)
-        hasher = xxhash.xxh3_128(file.header)
+    def finished(self, file: OutputFile, fd: int) -> tuple[list[OutputTensor], Digest, list[int]]:
+        """The first tensors of the file that an earlier attempt finished, the digest of all up to
+        their end, and their CRC-32s where the file's frame needs them."""
+        frame = file.frame
+        whole = Digest(frame.header)
         found: list[OutputTensor] = []
-        for tensor in file.tensors:
+        crcs: list[int] = []
+        for number, tensor in enumerate(file.tensors):
             entry = self._earlier.get(tensor.name)
-            if entry is None or entry.end != offset + tensor.nbytes:
+            end = frame.offsets[number] + tensor.nbytes
+            if entry is None or entry.end != end:
                 break
-            longer = hasher.copy()
-            if _hash_range(fd, offset, tensor.nbytes, longer) != entry.xxh3:
+            longer, own = whole.copy(), Digest(needs_crc=frame.needs_crc)
+            _write_at(fd, frame.lead(number), end=frame.offsets[number], digest=longer)
+            if _read_range(fd, frame.offsets[number], tensor.nbytes, longer, own) != entry.xxh3:
                 logger.warning("%s: %s is not as it was; written anew", self._name, tensor.name)
                 break
+            tail = frame.tail(number, own.crc32)
+            _write_at(fd, tail, end=end + len(tail), digest=longer)
             if entry.infinite:
                 self.overflowed[tensor.name] = entry.infinite
-            hasher, offset = longer, entry.end
+            whole = longer
             found.append(tensor)
-        return found, hasher
+            crcs.append(own.crc32)
+        return found, whole, crcs
 
     def copied(self, name: str, digest: str, *, end: int, infinite: int) -> None:
         """A tensor was handed to the system, up to byte `end`; it may not be on the disk yet."""
@@ -206,16 +213,22 @@ def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
             return
 
 
-def _hash_range(fd: int, offset: int, nbytes: int, whole: xxhash.xxh3_128) -> str:
-    """The hash of a range, which also goes into `whole`; of less where the file is shorter."""
-    hasher = xxhash.xxh3_128()
+def _write_at(fd: int, data: bytes, *, end: int, digest: Digest) -> None:
+    """Write the few bytes before `end`."""
+    if data:
+        os.pwrite(fd, data, end - len(data))
+        digest.update(data)
+
+
+def _read_range(fd: int, offset: int, nbytes: int, whole: Digest, own: Digest) -> str:
+    """The hash of a range, which goes into both; of less where the file is shorter."""
     buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, nbytes))))
     while nbytes:
         count = os.preadv(fd, [buffer[:nbytes]], offset)
         if count == 0:
             break
-        hasher.update(buffer[:count])
+        own.update(buffer[:count])
         whole.update(buffer[:count])
         offset += count
         nbytes -= count
-    return hasher.hexdigest()
+    return own.hexdigest()

@@ -4,43 +4,64 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bigtrain.checkpoint.dtypes import DType
-from bigtrain.checkpoint.formats.safetensors import header_bytes
-from bigtrain.checkpoint.index import TensorEntry
-from bigtrain.errors import CheckpointError, ConfigError
+from bigtrain.checkpoint.consolidate.frames import Frame, OutputTensor, SafetensorsFrame
+from bigtrain.checkpoint.consolidate.torch_zip import TorchFrame
+from bigtrain.errors import ConfigError
 
 _SIZE = re.compile(r"^(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?$", re.IGNORECASE)
 _POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputTensor:
-    """One tensor of the output."""
-
-    name: str
-    entry: TensorEntry
-    dtype: DType
-
-    @property
-    def nbytes(self) -> int:
-        return self.entry.numel * self.dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True)
 class OutputFile:
-    """One safetensors file: a header, then the tensors' bytes without gaps."""
+    """One file of weights: the tensors in the order of their bytes, and what surrounds them."""
 
     name: str
     tensors: tuple[OutputTensor, ...]
-    header: bytes
+    frame: Frame
 
     @property
     def nbytes(self) -> int:
-        return len(self.header) + sum(tensor.nbytes for tensor in self.tensors)
+        return self.frame.nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Format:
+    """How a model's files are named and framed."""
+
+    stem: str
+    suffix: str
+    make_frame: Callable[[Sequence[OutputTensor]], Frame]
+
+    def file_name(self, number: int, count: int) -> str:
+        """`model.safetensors`, or `model-00001-of-00002.safetensors` where there are more."""
+        part = "" if count == 1 else f"-{number:05d}-of-{count:05d}"
+        return f"{self.stem}{part}.{self.suffix}"
+
+    @property
+    def index_name(self) -> str:
+        return f"{self.stem}.{self.suffix}.index.json"
+
+
+SAFETENSORS = "safetensors"
+TORCH = "torch"
+_FORMATS = {
+    SAFETENSORS: Format(stem="model", suffix="safetensors", make_frame=SafetensorsFrame),
+    TORCH: Format(stem="pytorch_model", suffix="bin", make_frame=TorchFrame),
+}
+_ADAPTER_STEM = "adapter_model"
+
+
+def output_format(name: str, *, is_adapter: bool = False) -> Format:
+    """The format of that name; adapters have a name of their own, under which PEFT looks."""
+    if name not in _FORMATS:
+        raise ConfigError(f"format is {name!r}; it must be {' or '.join(_FORMATS)}")
+    found = _FORMATS[name]
+    return replace(found, stem=_ADAPTER_STEM) if is_adapter else found
 
 
 def parse_size(size: int | str) -> int:
@@ -57,18 +78,18 @@ def parse_size(size: int | str) -> int:
 
 
 def plan_files(
-    tensors: Sequence[OutputTensor], *, max_shard_size: int, stem: str = "model"
+    tensors: Sequence[OutputTensor], *, max_shard_size: int, form: Format
 ) -> list[OutputFile]:
     """The tensors in files of at most that many bytes of tensors (one larger tensor aside)."""
     shards = list(_cut(tensors, max_shard_size))
     return [
-        _plan_file(_file_name(stem, number, len(shards)), shard)
+        _plan_file(form.file_name(number, len(shards)), shard, form)
         for number, shard in enumerate(shards, start=1)
     ]
 
 
 def index_json(files: Sequence[OutputFile]) -> bytes:
-    """`model.safetensors.index.json`, as transformers writes it."""
+    """The index of a model in several files, as transformers writes it."""
     total = sum(tensor.nbytes for file in files for tensor in file.tensors)
     names = {tensor.name: file.name for file in files for tensor in file.tensors}
     document: Mapping[str, Any] = {
@@ -90,19 +111,7 @@ def _cut(tensors: Sequence[OutputTensor], most: int) -> Iterator[list[OutputTens
     yield shard
 
 
-def _file_name(stem: str, number: int, count: int) -> str:
-    return (
-        f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-    )
-
-
-def _plan_file(name: str, tensors: Sequence[OutputTensor]) -> OutputFile:
+def _plan_file(name: str, tensors: Sequence[OutputTensor], form: Format) -> OutputFile:
     # The widest elements first, so that all tensors are aligned to theirs.
-    ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-    for tensor in ordered:
-        if tensor.dtype.safetensors is None:
-            raise CheckpointError(
-                f"{tensor.name} is {tensor.dtype.name}, for which safetensors has no name"
-            )
-    header = header_bytes([(t.name, t.dtype, t.entry.shape) for t in ordered])
-    return OutputFile(name=name, tensors=tuple(ordered), header=header)
+    ordered = tuple(sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize))
+    return OutputFile(name=name, tensors=ordered, frame=form.make_frame(ordered))

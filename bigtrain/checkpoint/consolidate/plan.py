@@ -11,7 +11,8 @@ from typing import Any
 import xxhash
 
 from bigtrain.checkpoint.consolidate.casting import target_dtype
-from bigtrain.checkpoint.consolidate.layout import OutputFile, OutputTensor, plan_files
+from bigtrain.checkpoint.consolidate.frames import OutputTensor
+from bigtrain.checkpoint.consolidate.layout import OutputFile, output_format, plan_files
 from bigtrain.checkpoint.consolidate.naming import is_adapter, plain_names, split_adapter
 from bigtrain.checkpoint.consolidate.side_files import (
     CONFIG,
@@ -21,8 +22,20 @@ from bigtrain.checkpoint.consolidate.side_files import (
     with_dtype,
 )
 from bigtrain.checkpoint.index import TensorEntry
-from bigtrain.checkpoint.source import MODEL, Source
+from bigtrain.checkpoint.source import Source
 from bigtrain.errors import CheckpointError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What the user may choose of the output."""
+
+    weights: str
+    dtype: str
+    limit: int
+    """Bytes of one file."""
+    prefix: str
+    format: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +43,7 @@ class Plan:
     """The files to write, and what goes beside them."""
 
     source: Source
+    choices: Choices
     files: tuple[OutputFile, ...]
     index_name: str
     side_files: dict[str, Path]
@@ -45,43 +59,47 @@ class Plan:
         stats = [(str(path), path.stat()) for path in self.source.index.files if path.exists()]
         identity = [
             [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
-            [(file.name, file.header.hex()) for file in self.files],
+            [(file.name, file.frame.header.hex()) for file in self.files],
+            repr(self.choices),
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
 
-def make_plan(source: Source, *, weights: str, dtype: str, limit: int, prefix: str) -> Plan:
+def make_plan(source: Source, choices: Choices) -> Plan:
     """Which tensors of the source go where, by which names, in which precision.
 
     CheckpointError where the source lacks what is asked for, or two tensors would get one name.
     """
-    if weights not in source.sets:
+    if choices.weights not in source.sets:
         raise CheckpointError(
-            f"{source.path} has no weights named {weights!r}; it has: {', '.join(source.sets)}"
+            f"{source.path} has no weights named {choices.weights!r}; it has: "
+            f"{', '.join(source.sets)}"
         )
-    chosen = source.sets[weights]
+    chosen = source.sets[choices.weights]
     side_files = find_side_files(source.path)
     config = read_config(side_files)
-    stem = MODEL
     warnings: list[str] = []
-    if is_adapter(chosen):
-        named, stem = split_adapter(chosen)[1], "adapter_model"
+    adapted = is_adapter(chosen)
+    if adapted:
+        named = split_adapter(chosen)[1]
         config = {}
         side_files.pop(CONFIG, None)
         if "adapter_config.json" not in side_files:
             warnings.append("there is no adapter_config.json beside the adapter; PEFT needs one")
     else:
-        named = _named(source, chosen, prefix, tied=ties_embeddings(config))
+        named = _named(source, chosen, choices.prefix, tied=ties_embeddings(config))
         if not config:
             warnings.append("there is no config.json beside the weights; from_pretrained needs one")
     tensors = [
-        OutputTensor(name=name, entry=entry, dtype=target_dtype(dtype, entry.dtype))
+        OutputTensor(name=name, entry=entry, dtype=target_dtype(choices.dtype, entry.dtype))
         for name, entry in named.items()
     ]
+    form = output_format(choices.format, is_adapter=adapted)
     return Plan(
         source=source,
-        files=tuple(plan_files(tensors, max_shard_size=limit, stem=stem)),
-        index_name=f"{stem}.safetensors.index.json",
+        choices=choices,
+        files=tuple(plan_files(tensors, max_shard_size=choices.limit, form=form)),
+        index_name=form.index_name,
         side_files=side_files,
         config=with_dtype(config, _main_dtype(tensors)) if tensors else config,
         warnings=tuple(warnings),

@@ -17,9 +17,15 @@ from pathlib import Path
 
 from bigtrain.checkpoint.consolidate.casting import KEEP, check_choice
 from bigtrain.checkpoint.consolidate.journal import Staging, check_output
-from bigtrain.checkpoint.consolidate.layout import OutputFile, index_json, parse_size
+from bigtrain.checkpoint.consolidate.layout import (
+    SAFETENSORS,
+    OutputFile,
+    index_json,
+    output_format,
+    parse_size,
+)
 from bigtrain.checkpoint.consolidate.naming import AUTO
-from bigtrain.checkpoint.consolidate.plan import Plan, make_plan
+from bigtrain.checkpoint.consolidate.plan import Choices, Plan, make_plan
 from bigtrain.checkpoint.consolidate.side_files import CONFIG
 from bigtrain.checkpoint.consolidate.stream import Copier, Stopped, WrittenFile
 from bigtrain.checkpoint.consolidate.summary import FileSummary, Moved, Summary
@@ -44,6 +50,7 @@ def consolidate(
     dtype: str = KEEP,
     max_shard_size: int | str = "5GB",
     prefix: str = AUTO,
+    format: str = SAFETENSORS,
     jobs: int | None = None,
     verify: bool = False,
     resume: bool = False,
@@ -54,22 +61,30 @@ def consolidate(
     """Write the weights of the checkpoint `source` as a Hugging Face model into `output`.
 
     `source` may hold several steps: the newest that holds is taken, or `step`. `dtype` is keep,
-    fp32, bf16 or fp16. With `verify`, all of the source's checksums are checked and the output is
-    read back; `remove_source` implies it. `resume` goes on where an interrupted attempt stopped.
+    fp32, bf16 or fp16; `format` safetensors or torch (`pytorch_model.bin`). With `verify`, all of
+    the source's checksums are checked and the output is read back; `remove_source` implies it.
+    `resume` goes on where an interrupted attempt stopped.
     CheckpointError says what is damaged, missing or not known; nothing half-written is left under
     the name of `output`.
     """
     started = time.monotonic()
     source, output = Path(source), Path(output)
     check_choice(dtype)
-    limit = parse_size(max_shard_size)
+    output_format(format)
+    choices = Choices(
+        weights=weights,
+        dtype=dtype,
+        limit=parse_size(max_shard_size),
+        prefix=prefix,
+        format=format,
+    )
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs is {jobs}; it must be at least 1")
     check_output(output)
     found = open_source(source, step=step, trust_times=trust_times)
     if remove_source and found.path.resolve() in (output.resolve(), *output.resolve().parents):
         raise ConfigError(f"{output} lies inside {found.path}, which is to be removed")
-    plan = make_plan(found, weights=weights, dtype=dtype, limit=limit, prefix=prefix)
+    plan = make_plan(found, choices)
     verify = verify or remove_source
     staging = Staging(output, fingerprint=plan.fingerprint(), resume=resume)
     try:

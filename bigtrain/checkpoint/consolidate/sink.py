@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-import xxhash
+from bigtrain.checkpoint.consolidate.digest import Digest
 
 BUFFER_BYTES = 1 << 20
 """Larger ones leave the processor's cache and are slower."""
@@ -31,11 +31,11 @@ class Sink:
         fd: int,
         *,
         offset: int,
-        hasher: xxhash.xxh3_128,
+        digest: Digest,
         on_synced: Callable[[int], None],
     ) -> None:
         self._fd = fd
-        self._hasher = hasher
+        self._digest = digest
         self._on_synced = on_synced
         self._written = offset
         self._synced = offset
@@ -45,6 +45,8 @@ class Sink:
             self._free.put(memoryview(bytearray(BUFFER_BYTES)))
         self._buffer: memoryview | None = None
         self._filled = 0
+        # Buffers end where pages do, and where no element is cut in two.
+        self._room = BUFFER_BYTES - offset % BUFFER_BYTES
         self._fault: BaseException | None = None
         self._wake = threading.Event()
         self._closing = False
@@ -61,14 +63,23 @@ class Sink:
             self._buffer, self._filled = self._free.get(), 0
         if self._fault is not None:
             raise self._fault
-        return self._buffer[self._filled : self._filled + most]
+        return self._buffer[self._filled : min(self._room, self._filled + most)]
 
     def take(self, count: int) -> None:
         """The first `count` bytes of the last `space` are filled."""
         assert self._buffer is not None
         self._filled += count
-        if self._filled == BUFFER_BYTES:
+        if self._filled == self._room:
             self._hand_over()
+
+    def put(self, data: bytes) -> None:
+        """A few bytes that are at hand."""
+        left = memoryview(data)
+        while left:
+            space = self.space(len(left))
+            space[:] = left[: space.nbytes]
+            self.take(space.nbytes)
+            left = left[space.nbytes :]
 
     def __enter__(self) -> Sink:
         return self
@@ -90,6 +101,7 @@ class Sink:
         assert self._buffer is not None
         self._full.put(self._buffer[: self._filled])
         self._buffer = None
+        self._room = BUFFER_BYTES
 
     def _guarded(self, run: Callable[[], None]) -> None:
         try:
@@ -101,7 +113,7 @@ class Sink:
 
     def _write_all(self) -> None:
         while (data := self._full.get()) is not None:
-            self._hasher.update(data)
+            self._digest.update(data)
             written = 0
             while written < data.nbytes:
                 written += os.pwrite(self._fd, data[written:], self._written + written)

@@ -13,11 +13,11 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import xxhash
-
 from bigtrain.checkpoint.consolidate.casting import Cast, make_cast
+from bigtrain.checkpoint.consolidate.digest import Digest
+from bigtrain.checkpoint.consolidate.frames import OutputTensor
 from bigtrain.checkpoint.consolidate.journal import FileJournal
-from bigtrain.checkpoint.consolidate.layout import OutputFile, OutputTensor
+from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
 from bigtrain.checkpoint.witness import RecordSource, Witness
@@ -68,35 +68,42 @@ class Copier:
 
         The header comes last: before it, no reader takes the file for a whole one.
         """
+        frame = file.frame
         hashes: dict[str, str] = {}
         overflowed: dict[str, int] = {}
         fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            offset = len(file.header)
-            finished, hasher = journal.finished(file, fd)
-            for tensor in finished:
-                self._require(tensor.entry)
+            offset = len(frame.header)
+            finished, whole, crcs = journal.finished(file, fd)
+            for number, tensor in enumerate(finished):
+                self._require(tensor)
                 hashes[tensor.name] = journal.hashes[tensor.name]
-                offset += tensor.nbytes
+                tail = frame.tail(number, crcs[number])
+                offset = frame.offsets[number] + tensor.nbytes + len(tail)
                 self.done_bytes += tensor.nbytes
             os.truncate(fd, offset)
-            with Sink(fd, offset=offset, hasher=hasher, on_synced=journal.synced) as sink:
-                for tensor in file.tensors[len(hashes) :]:
-                    infinite, digest = self._copy(tensor, sink)
-                    offset += tensor.nbytes
-                    hashes[tensor.name] = digest
+            with Sink(fd, offset=offset, digest=whole, on_synced=journal.synced) as sink:
+                for number, tensor in enumerate(file.tensors[len(finished) :], len(finished)):
+                    sink.put(frame.lead(number))
+                    own = Digest(needs_crc=frame.needs_crc)
+                    infinite = self._copy(tensor, sink, own)
+                    sink.put(frame.tail(number, own.crc32))
+                    crcs.append(own.crc32)
+                    hashes[tensor.name] = own.hexdigest()
                     if infinite:
                         overflowed[tensor.name] = infinite
-                    journal.copied(tensor.name, digest, end=offset, infinite=infinite)
-            os.pwrite(fd, file.header, 0)
+                    end = frame.offsets[number] + tensor.nbytes
+                    journal.copied(tensor.name, own.hexdigest(), end=end, infinite=infinite)
+                sink.put(frame.trailer(crcs))
+            os.pwrite(fd, frame.header, 0)
             os.fsync(fd)
         finally:
             os.close(fd)
         overflowed.update(journal.overflowed)
         return WrittenFile(
             name=file.name,
-            nbytes=offset,
-            xxh3=hasher.hexdigest(),
+            nbytes=frame.nbytes,
+            xxh3=whole.hexdigest(),
             tensors=hashes,
             overflowed=overflowed,
         )
@@ -106,31 +113,27 @@ class Copier:
         while self._open:
             os.close(self._open.popitem()[1])
 
-    def _copy(self, tensor: OutputTensor, sink: Sink) -> tuple[int, str]:
-        hasher = xxhash.xxh3_128()
+    def _copy(self, tensor: OutputTensor, sink: Sink, digest: Digest) -> int:
+        """Give the tensor's bytes to the sink; how many values became infinite."""
         cast = make_cast(tensor.entry.dtype, tensor.dtype)
         if tensor.entry.extents.is_interleaved:
-            infinite = self._copy_tiles(tensor, cast, sink, hasher)
-        elif cast is None:
-            infinite = self._copy_bytes(tensor.entry, sink, hasher)
-        else:
-            infinite = self._copy_cast(tensor, cast, sink, hasher)
-        return infinite, hasher.hexdigest()
+            return self._copy_tiles(tensor, cast, sink, digest)
+        if cast is None:
+            return self._copy_bytes(tensor.entry, sink, digest)
+        return self._copy_cast(tensor, cast, sink, digest)
 
-    def _copy_bytes(self, entry: TensorEntry, sink: Sink, hasher: xxhash.xxh3_128) -> int:
+    def _copy_bytes(self, entry: TensorEntry, sink: Sink, digest: Digest) -> int:
         for extent in entry.extents:
             offset, left = extent.offset, extent.run * entry.dtype.itemsize
             while left:
                 space = sink.space(left)
                 self._read(extent.file, offset, space)
-                self._give(sink, space, hasher)
+                self._give(sink, space, digest)
                 offset += space.nbytes
                 left -= space.nbytes
         return 0
 
-    def _copy_cast(
-        self, tensor: OutputTensor, cast: Cast, sink: Sink, hasher: xxhash.xxh3_128
-    ) -> int:
+    def _copy_cast(self, tensor: OutputTensor, cast: Cast, sink: Sink, digest: Digest) -> int:
         infinite = 0
         width = tensor.entry.dtype.itemsize
         for extent in tensor.entry.extents:
@@ -139,13 +142,13 @@ class Copier:
                 count = min(left, _CAST_ELEMENTS)
                 tile = self._tile(count * width)
                 self._read(extent.file, offset, tile)
-                infinite += self._give_cast(tile, tensor, cast, sink, hasher)
+                infinite += self._give_cast(tile, tensor, cast, sink, digest)
                 offset += tile.nbytes
                 left -= count
         return infinite
 
     def _copy_tiles(
-        self, tensor: OutputTensor, cast: Cast | None, sink: Sink, hasher: xxhash.xxh3_128
+        self, tensor: OutputTensor, cast: Cast | None, sink: Sink, digest: Digest
     ) -> int:
         infinite = 0
         entry, width = tensor.entry, tensor.entry.dtype.itemsize
@@ -155,7 +158,7 @@ class Copier:
             tile = self._tile((stop - start) * width)
             for extent in entry.extents.overlapping(start, stop):
                 self._gather(extent, width, start, stop, tile)
-            infinite += self._give_cast(tile, tensor, cast, sink, hasher)
+            infinite += self._give_cast(tile, tensor, cast, sink, digest)
         return infinite
 
     def _give_cast(
@@ -164,7 +167,7 @@ class Copier:
         tensor: OutputTensor,
         cast: Cast | None,
         sink: Sink,
-        hasher: xxhash.xxh3_128,
+        digest: Digest,
     ) -> int:
         infinite, at = 0, 0
         stored, wanted = tensor.entry.dtype.itemsize, tensor.dtype.itemsize
@@ -178,14 +181,14 @@ class Copier:
                 space[:] = piece
             else:
                 infinite += cast(piece, space)
-            self._give(sink, space, hasher)
+            self._give(sink, space, digest)
             at += count
         return infinite
 
-    def _give(self, sink: Sink, filled: memoryview, hasher: xxhash.xxh3_128) -> None:
+    def _give(self, sink: Sink, filled: memoryview, digest: Digest) -> None:
         if self._stopping.is_set():
             raise Stopped
-        hasher.update(filled)
+        digest.update(filled)
         self.done_bytes += filled.nbytes
         sink.take(filled.nbytes)
 
@@ -250,8 +253,8 @@ class Copier:
             filled += count
         self.witness.saw(path, fd, offset, out)
 
-    def _require(self, entry: TensorEntry) -> None:
-        for extent in entry.extents:
+    def _require(self, tensor: OutputTensor) -> None:
+        for extent in tensor.entry.extents:
             self.witness.needs(self._index.files[extent.file], extent.offset)
 
     def _descriptor(self, file: int) -> int:

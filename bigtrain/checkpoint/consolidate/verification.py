@@ -6,8 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import xxhash
-
+from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.stream import WrittenFile
 from bigtrain.checkpoint.source import Source
@@ -41,28 +40,35 @@ def read_back(files: Sequence[OutputFile], written: Sequence[WrittenFile], where
 
 
 def _read_back_file(file: OutputFile, expected: WrittenFile, fd: int) -> None:
-    if os.pread(fd, len(file.header), 0) != file.header:
-        raise CheckpointError(f"{file.name}: its header is not on the disk as it was written")
-    offset = len(file.header)
-    for tensor in file.tensors:
-        if _hash(fd, offset, tensor.nbytes) != expected.tensors[tensor.name]:
-            raise CheckpointError(
-                f"{file.name}: {tensor.name} is not on the disk as it was written; the disk or "
-                "the memory is faulty, and nothing was removed"
-            )
-        offset += tensor.nbytes
-    if os.fstat(fd).st_size != offset:
-        raise CheckpointError(f"{file.name}: has {os.fstat(fd).st_size} bytes instead of {offset}")
+    """Tensor by tensor, so that a fault has a name; then what lies between them."""
+    whole, at = Digest(), 0
+    for tensor, offset in zip(file.tensors, file.frame.offsets, strict=True):
+        _hash(fd, at, offset - at, whole)
+        if _hash(fd, offset, tensor.nbytes, whole) != expected.tensors[tensor.name]:
+            raise _not_as_written(file, tensor.name)
+        at = offset + tensor.nbytes
+    size = os.fstat(fd).st_size
+    _hash(fd, at, size - at, whole)
+    if whole.hexdigest() != expected.xxh3:
+        raise _not_as_written(file, "what surrounds its tensors")
 
 
-def _hash(fd: int, offset: int, nbytes: int) -> str:
-    hasher = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_BUFFER_BYTES))
-    while nbytes:
+def _not_as_written(file: OutputFile, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file.name}: {what} is not on the disk as it was written; the disk or the memory is "
+        "faulty, and nothing was removed"
+    )
+
+
+def _hash(fd: int, offset: int, nbytes: int, whole: Digest) -> str:
+    own = Digest()
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, nbytes))))
+    while nbytes > 0:
         count = os.preadv(fd, [buffer[:nbytes]], offset)
         if count == 0:
             break
-        hasher.update(buffer[:count])
+        own.update(buffer[:count])
+        whole.update(buffer[:count])
         offset += count
         nbytes -= count
-    return hasher.hexdigest()
+    return own.hexdigest()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import random
 import signal
 import struct
 import subprocess
@@ -232,7 +234,7 @@ if slow:
     sink._SYNC_BYTES = 4 << 20
     real = os.pwrite
     os.pwrite = lambda *a: (time.sleep(slow), real(*a))[1]
-summary = consolidate(sys.argv[1], sys.argv[2], resume=True)
+summary = consolidate(sys.argv[1], sys.argv[2], format=sys.argv[4], resume=True)
 assert not {"torch", "numpy", "transformers", "deepspeed"} & sys.modules.keys()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
 print(peak.split()[1])
@@ -255,15 +257,23 @@ def large_source(path: Path) -> Path:
     return path
 
 
-def start(source: Path, output: Path, *, slow: float) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT, str(source), str(output), str(slow)]
+def start(
+    source: Path, output: Path, *, slow: float, form: str = "safetensors"
+) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT, str(source), str(output), str(slow), form]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
+def read_output(output: Path) -> dict[str, torch.Tensor]:
+    torch_file = output / "pytorch_model.bin"
+    return torch.load(torch_file) if torch_file.exists() else load_file(next(output.iterdir()))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch"])
+def test_killed_it_goes_on_where_it_was(form: str, tmp_path: Path) -> None:
     source, output = large_source(tmp_path / "in"), tmp_path / "out"
     journal = tmp_path / "out.partial" / "journal.jsonl"
-    running = start(source, output, slow=0.02)
+    running = start(source, output, slow=0.02, form=form)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (
         not journal.exists() or len(journal.read_text().splitlines()) < 6
@@ -274,20 +284,42 @@ def test_killed_it_goes_on_where_it_was(tmp_path: Path) -> None:
     if running.stdout:
         running.stdout.close()
     entered = len(journal.read_text().splitlines()) - 1
-    partial = (tmp_path / "out.partial" / "model.safetensors").read_bytes()
+    partial = next((tmp_path / "out.partial").glob("*model*")).read_bytes()
     assert not output.exists()
     assert partial[:8] == bytes(8), "its header was there before its tensors"
     assert entered < TENSORS
 
-    again = start(source, output, slow=0)
+    again = start(source, output, slow=0, form=form)
     peak_kb, _ = again.communicate(timeout=60)
 
     assert again.returncode == 0
     assert int(peak_kb) < 100_000
-    ours = load_file(output / "model.safetensors")
+    ours = read_output(output)
     theirs = load_file(source / "model.safetensors")
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert [path.name for path in output.iterdir()] == ["model.safetensors"]
+    assert len(list(output.iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["safetensors", "torch"])
+def test_killed_anywhere_again_and_again_it_ends_with_the_right_bytes(
+    form: str, tmp_path: Path
+) -> None:
+    source, output = large_source(tmp_path / "in"), tmp_path / "out"
+    consolidate(source, tmp_path / "expected", format=form)
+    chance = random.Random(form)
+    kills = 0
+    while not output.exists():
+        running = start(source, output, slow=0.004 if kills < 12 else 0, form=form)
+        try:
+            running.communicate(timeout=chance.uniform(0.15, 0.8) if kills < 12 else 60)
+        except subprocess.TimeoutExpired:
+            running.kill()
+            running.communicate()
+            kills += 1
+    name = next((tmp_path / "expected").iterdir()).name
+    assert kills > 3
+    assert filecmp.cmp(output / name, tmp_path / "expected" / name, shallow=False)
 
 
 def test_what_was_spoiled_in_between_is_written_anew(tmp_path: Path) -> None:

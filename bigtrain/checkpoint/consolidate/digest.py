@@ -1,0 +1,32 @@
+"""The checksums of bytes that go by."""
+
+from __future__ import annotations
+
+import zlib
+
+import xxhash
+
+
+class Digest:
+    """xxh3-128 of all bytes so far, and their CRC-32 where someone needs it."""
+
+    def __init__(self, data: bytes = b"", *, needs_crc: bool = False) -> None:
+        self._xxh3 = xxhash.xxh3_128(data)
+        self._needs_crc = needs_crc
+        self.crc32 = 0
+
+    def update(self, data: bytes | memoryview) -> None:
+        """The next bytes."""
+        self._xxh3.update(data)
+        if self._needs_crc:
+            self.crc32 = zlib.crc32(data, self.crc32)
+
+    def copy(self) -> Digest:
+        """Another one that has seen the same."""
+        other = Digest(needs_crc=self._needs_crc)
+        other._xxh3, other.crc32 = self._xxh3.copy(), self.crc32
+        return other
+
+    def hexdigest(self) -> str:
+        """The xxh3, as `xxhsum -H2` prints it."""
+        return self._xxh3.hexdigest()
