@@ -37,8 +37,9 @@ def main() -> None:
     if os.getppid() != agent:
         return
     program = _Server(agent=agent, control=control).serve()
-    if program is not None:
-        program()
+    if program is None:
+        os._exit(0)  # nothing to flush, and taking torch's modules apart would hold up the agent
+    program()
 
 
 def interpreter_command(module: str, *arguments: str) -> list[str]:
@@ -95,9 +96,10 @@ class _Server:
     def _preload(self, request: Mapping[str, Any]) -> None:
         rank.set_module_path(kind=request["kind"], source=request["source"])
         started = time.monotonic()
+        gc.disable()  # nearly all that imports make stays: looking for garbage is a fifth of them
         skipped = _import_all(request["modules"])
-        gc.collect()
         gc.freeze()  # the ranks share these objects' pages, and must not write to their headers
+        gc.enable()
         linux.outlive_parent()
         reply = {
             "seconds": time.monotonic() - started,
