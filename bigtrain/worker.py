@@ -30,7 +30,6 @@ from bigtrain.engine import build_engine, process_group
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.model_section import ModelFactory, load_tokenizer, model_factory
-from bigtrain.own_plan import own_plan, record
 from bigtrain.plan import PLAN_VARIABLE, RunPlan, current_plan
 from bigtrain.sample import as_lines, is_small, write_sample
 from bigtrain.topology import RankInfo
@@ -62,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plan is not None:
         run(plan, world=world)
         return 0
+    from bigtrain.own_plan import own_plan  # an agent's ranks need no planning: not imported
+
     plan = own_plan(sys.argv[1:] if argv is None else argv, world=world, environment=os.environ)
     run(plan, world=world, is_own=True)
     return 0
@@ -80,6 +81,8 @@ def run(plan: RunPlan, *, world: RankInfo, is_own: bool = False) -> None:
         _keep_flight_record(plan)
         process_group.join(world, device=device, timeout_s=parts.args.ddp_timeout)
     if is_own:
+        from bigtrain.own_plan import record
+
         os.environ[PLAN_VARIABLE] = str(record(plan, world=world))
     engine = build_engine(plan.engine, world=world, device=device)
     trainer = _make_trainer(parts, engine)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
@@ -90,7 +90,7 @@ class Batches(TrainerCore):
         is_training: bool = False,
     ) -> DataLoader[Any]:
         collate = self.data_collator
-        if isinstance(dataset, datasets.Dataset):
+        if _is_arrow_dataset(dataset):
             dataset = self._remove_unused_columns(dataset, description=description)
         else:
             collate = self._get_collator_with_removed_columns(collate, description=description)
@@ -206,7 +206,7 @@ class Batches(TrainerCore):
 
     def _known_lengths(self, dataset: Any) -> Any:
         column = self.args.length_column_name
-        if isinstance(dataset, datasets.Dataset) and column in dataset.column_names:
+        if _is_arrow_dataset(dataset) and column in dataset.column_names:
             return dataset[column]
         return None
 
@@ -322,6 +322,12 @@ class Batches(TrainerCore):
                 f"{','.join(self._signature_columns or [])}."
             )
         return inputs
+
+
+def _is_arrow_dataset(dataset: Any) -> bool:
+    """Of the package `datasets`, which is imported already where there is one, and takes long."""
+    module = sys.modules.get("datasets")
+    return module is not None and isinstance(dataset, module.Dataset)
 
 
 def _is_sized(dataset: Any) -> bool:
