@@ -7,6 +7,7 @@ takes long to import is imported inside the commands, so that `--help` answers a
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from bigtrain.errors import BigtrainError, ConfigError
 if TYPE_CHECKING:
     from bigtrain.layers import Override
 
+_WRONG_USE = 2
+"""The exit code for a command line that can't be understood."""
 _ENGINES = "auto, single, ddp, fsdp, zero1, zero2 or zero3"
 
 app = typer.Typer(
@@ -85,9 +88,24 @@ def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
     try:
         sys.exit(app(prog_name="bigtrain"))
+    except SystemExit as end:
+        if end.code == _WRONG_USE and (hint := _script_arguments_hint(sys.argv[1:])):
+            typer.echo(hint, err=True)
+        raise
     except BigtrainError as error:
         typer.echo(error_text(error), err=True)
         sys.exit(error.exit_code)
+
+
+def _script_arguments_hint(words: list[str]) -> str | None:
+    """For `launch train.py --lr 1`: what is the script's has to be told apart."""
+    script = next((k for k, word in enumerate(words) if word.endswith(".py")), None)
+    if words[:1] not in (["launch"], ["plan"]) or script is None or "--" in words:
+        return None
+    return (
+        "A script's own arguments come after --: "
+        f"bigtrain {words[0]} {words[script]} -- {shlex.join(words[script + 1 :])}".rstrip()
+    )
 
 
 def error_text(error: BigtrainError) -> str:

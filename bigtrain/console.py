@@ -35,14 +35,17 @@ class Console(Protocol):
     def say(self, text: str) -> None:
         """A calm word of the launcher."""
 
-    def fail(self, text: str) -> None:
-        """Why the run ended badly, or what is about to."""
+    def fail(self, text: str, *, details: Mapping[str, Any] | None = None) -> None:
+        """Why the run ended badly, or what is about to; `details` say the same to programs."""
 
     def show(self, event: Event) -> None:
         """An event of a rank."""
 
     def output(self, data: bytes) -> None:
         """What rank 0 of a user's script printed."""
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """The run is over: how, and where what it left is. For programs: people were told."""
 
     def close(self) -> None:
         """Leave the terminal tidy. Safe to call twice."""
@@ -67,7 +70,7 @@ class PlainConsole:
     def say(self, text: str) -> None:
         _print(self._err, text)
 
-    def fail(self, text: str) -> None:
+    def fail(self, text: str, *, details: Mapping[str, Any] | None = None) -> None:
         _print(self._err, text)
 
     def show(self, event: Event) -> None:
@@ -77,6 +80,9 @@ class PlainConsole:
 
     def output(self, data: bytes) -> None:
         _write_bytes(self._out, data)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        pass
 
     def close(self) -> None:
         _flush(self._out)
@@ -93,9 +99,9 @@ class TerminalConsole(PlainConsole):
         self._clear()
         super().say(text)
 
-    def fail(self, text: str) -> None:
+    def fail(self, text: str, *, details: Mapping[str, Any] | None = None) -> None:
         self._clear()
-        super().fail(text)
+        super().fail(text, details=details)
 
     def show(self, event: Event) -> None:
         if event.kind != "progress":
@@ -150,8 +156,8 @@ class JsonConsole:
     def say(self, text: str) -> None:
         self._write({"kind": "launcher", "text": text})
 
-    def fail(self, text: str) -> None:
-        self._write({"kind": "failure", "text": text})
+    def fail(self, text: str, *, details: Mapping[str, Any] | None = None) -> None:
+        self._write({"kind": "failure", "text": text, **(details or {})})
 
     def show(self, event: Event) -> None:
         self._write(
@@ -160,6 +166,9 @@ class JsonConsole:
 
     def output(self, data: bytes) -> None:
         self._write({"kind": "output", "rank": 0, "text": data.decode(errors="replace")})
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        self._write({"kind": "end", **summary})
 
     def close(self) -> None:
         _flush(self._out)
@@ -178,6 +187,8 @@ def event_line(event: Event) -> str | None:
     if event.kind in ("warning", "error"):
         prefix = "" if event.rank == 0 else f"[{event.node_rank}:{event.rank}] "
         return f"{prefix}{event.kind}: {fields.get('text', '')}"
+    if event.kind == "evaluated" and event.rank == 0:
+        return _evaluation_line(fields)
     if event.kind == "saved" and event.rank == 0:
         return f"saved {fields.get('path', '')}"
     return None
@@ -197,6 +208,16 @@ def progress_line(fields: Mapping[str, Any]) -> str:
     if isinstance(eta, (int, float)) and math.isfinite(eta):
         parts.append(f"eta {_clock(eta)}")
     return "  ".join(parts)
+
+
+def _evaluation_line(fields: Mapping[str, Any]) -> str | None:
+    """`step 50: eval_loss 2.4113`; None where no loss was computed."""
+    losses = [
+        f"{name} {value:.4f}"
+        for name, value in fields.items()
+        if name.endswith("_loss") and isinstance(value, (int, float))
+    ]
+    return f"step {fields.get('step')}: {', '.join(losses)}" if losses else None
 
 
 _FIGURES = (

@@ -23,6 +23,7 @@ from transformers import default_data_collator
 
 from bigtrain import rank_logging
 from bigtrain.checkpoint.agreement import attempt
+from bigtrain.cluster.environment import flight_recorder
 from bigtrain.data.dataset import PadBatch
 from bigtrain.data.prepare import PreparedData, prepare
 from bigtrain.device import choose_device
@@ -136,7 +137,7 @@ def _keep_flight_record(plan: RunPlan) -> None:
         return
     directory = Path(plan.output_dir) / "logs" / f"attempt-{plan.attempt:02d}"
     directory.mkdir(parents=True, exist_ok=True)
-    for name, value in process_group.nccl_environment(directory).items():
+    for name, value in flight_recorder(directory).items():
         os.environ.setdefault(name, value)
 
 
@@ -158,14 +159,21 @@ def _make_trainer(parts: _Parts, engine: Engine) -> Trainer:
 
 def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]:
     """Train, export, evaluate. Returns the first and the last evaluation loss."""
-    if plan.training.get("do_train", True):
+    wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
+    if _trains(plan):
         trainer.train()
         attempt(trainer.args.ranks, trainer.save_model)
-    wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
-    if wants_evaluation and not _is_evaluated(trainer):
+        wants_evaluation = wants_evaluation and not _is_evaluated(trainer)
+    else:
+        trainer.load_resumed_weights()
+    if wants_evaluation:
         trainer.evaluate()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     return (losses[0], losses[-1]) if losses else (None, None)
+
+
+def _trains(plan: RunPlan) -> bool:
+    return bool(plan.training.get("do_train", True))
 
 
 def _is_evaluated(trainer: Trainer) -> bool:
@@ -191,8 +199,12 @@ def _introduce(plan: RunPlan, args: TrainingArguments, data: PreparedData) -> No
 
 
 def _report(plan: RunPlan, parts: _Parts, losses: tuple[float | None, float | None]) -> None:
-    directory = Path(plan.output_dir)
     first, last = losses
+    if not _trains(plan):
+        if last is not None:
+            logger.info("evaluation loss %.3f", last)
+        return
+    directory = Path(plan.output_dir)
     if first is not None and last is not None:
         logger.info("evaluation loss %.3f → %.3f", first, last)
     if parts.data.evaluation is not None and is_small(directory):

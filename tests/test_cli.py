@@ -72,6 +72,21 @@ def test_mistyped_commands_and_flags_are_answered_with_the_nearest(folder: Path)
     assert "--engine" in flag.stderr
 
 
+def test_a_scripts_own_arguments_are_told_apart_in_the_answer(folder: Path) -> None:
+    done = _run(folder, "launch", "train.py", "--lr", "1e-4", "a b")
+
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "\nA script's own arguments come after --: bigtrain launch train.py -- --lr 1e-4 'a b'\n"
+    )
+
+
+def test_a_mistyped_word_for_resuming_is_answered_with_the_nearest(folder: Path) -> None:
+    done = _run(folder, "launch", "quick.yaml", "--resume", "atuo")
+
+    assert done.stderr == "error: resume: there is no 'atuo' here; did you mean 'auto'?\n"
+
+
 @pytest.mark.parametrize("command", ["launch", "plan"])
 def test_one_fault_is_one_line_and_no_traceback(folder: Path, command: str) -> None:
     done = _run(folder, command, "quik.yaml")

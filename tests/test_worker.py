@@ -121,6 +121,29 @@ def test_a_run_ends_with_a_model_that_transformers_loads(run_file: Path) -> None
         assert noise not in done.stdout + done.stderr, f"{done.stdout}\n{done.stderr}"
 
 
+def test_an_evaluation_without_training_is_of_the_checkpoint(run_file: Path) -> None:
+    run(LAUNCH, run_file)
+    out = run_file.parent / "out"
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    losses = {entry["step"]: entry["eval_loss"] for entry in history(out) if "eval_loss" in entry}
+
+    words = ("--set", "training.do_train=false", "--json")
+    for resume, step in (("auto", 6), (str(out / "checkpoint-3"), 3)):
+        done = run(LAUNCH, run_file, *words, "--engine", "ddp", "--resume", resume)
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        (evaluated,) = [event for event in events if event["kind"] == "evaluated"]
+        assert evaluated["step"] == step
+        assert evaluated["eval_loss"] == pytest.approx(losses[step], rel=1e-4)
+        assert events[-1] == {
+            "kind": "end",
+            "exit_code": 0,
+            "output_dir": str(out),
+            "checkpoint": str(out / "checkpoint-6"),
+        }
+        assert not any("model  " in str(event.get("text")) for event in events)
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
 def test_the_launcher_torchrun_and_one_process_alone_train_alike(run_file: Path) -> None:
     run(LAUNCH, run_file, "--output-dir", "launched")
     run(TORCHRUN, run_file, "--output-dir", "torchrun")

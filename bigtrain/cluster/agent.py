@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.cluster import environment, failure, linux
+from bigtrain.cluster import ending, environment, failure, linux
 from bigtrain.cluster.agent_log import AgentLog
 from bigtrain.cluster.environment import Place
 from bigtrain.cluster.follow import LogFollower
@@ -236,9 +236,10 @@ class Agent:
         if outcome.failure is not None:
             text = failure.describe(outcome.failure)
             self._log.write(text)
-            self._console.fail(text)
+            self._console.fail(text, details=failure.details(outcome.failure))
         elif outcome.stopped_by is not None:
-            self._say(f"stopped by {failure.signal_name(outcome.stopped_by)}")
+            name = failure.signal_name(outcome.stopped_by)
+            self._say(f"stopped by {name}; {ending.how_to_go_on(self._plan)}")
         self._log.write(f"the round ended with exit code {outcome.exit_code}")
 
     def _say(self, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from bigtrain.cluster.layout import NodeLogs
 from bigtrain.plan import PLAN_VARIABLE, RunPlan
@@ -69,13 +70,21 @@ def _library_defaults(plan: RunPlan) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": "lo"} if plan.topology.nodes == 1 else {}
 
 
-def _flight_recorder(plan: RunPlan, logs: NodeLogs) -> dict[str, str]:
-    """NCCL's record of the last collectives, written beside the logs when one hangs."""
-    if plan.device != "cuda":
-        return {}
-    defaults = {
+def flight_recorder(directory: Path) -> dict[str, str]:
+    """Variables that have NCCL keep the last collectives of every rank, and write them to
+    `directory` when one times out.
+
+    https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
+    """
+    return {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(logs.directory / "nccl-trace-rank-"),
+        "TORCH_FR_DUMP_TEMP_FILE": str(directory / "nccl-trace-rank-"),
     }
+
+
+def _flight_recorder(plan: RunPlan, logs: NodeLogs) -> dict[str, str]:
+    if plan.device != "cuda":
+        return {}
+    defaults = flight_recorder(logs.directory)
     return {name: value for name, value in defaults.items() if name not in plan.environment}

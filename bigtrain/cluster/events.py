@@ -5,7 +5,8 @@ variable (no agent) nothing is sent. An event never holds training up: if the pi
 dropped, and the logs and metrics on disk still have it all.
 
 Kinds: `progress` (step, total, loss, learning_rate, tokens_per_s, eta_s, …), `notice` (text),
-`warning` and `error` (text), `saved` (path, step), `failed`, `done`.
+`evaluated` (step, the metrics), `warning` and `error` (text), `saved` (path, step), `failed`,
+`done`.
 """
 
 from __future__ import annotations

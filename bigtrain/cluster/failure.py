@@ -131,6 +131,17 @@ def describe(failure: RankExit) -> str:
     return "\n".join(lines)
 
 
+def details(failure: RankExit) -> dict[str, str | int]:
+    """What `describe` says, for programs."""
+    return {
+        "rank": failure.rank,
+        "host": failure.host,
+        "exit_code": failure.exit_code,
+        "error": failure.report.type if failure.report is not None else "",
+        "log": str(failure.log),
+    }
+
+
 def signal_name(number: int) -> str:
     """`SIGTERM` for 15; the number where the signal has no name."""
     try:

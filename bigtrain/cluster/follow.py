@@ -11,8 +11,9 @@ _NOISE = re.compile(
     rb"hostname of the client socket cannot be retrieved"
     rb"|^\[Gloo\] Rank \d+ is connected to \d+ peer ranks"
     rb"|^\[?\S* ?\S*\] \[(INFO|WARNING)\] \[real_accelerator\.py"
-    rb"|site-packages/(torch|deepspeed)/\S*:\d+: (FutureWarning|UserWarning|DeprecationWarning)"
+    rb"|site-packages/(torch|deepspeed)/\S*:\d+: (?P<warning>(Future|User|Deprecation)Warning)"
 )
+_TRACEBACK = b"Traceback (most recent call last):"
 _CHUNK = 65_536
 
 
@@ -31,6 +32,15 @@ class LogFollower:
         self._held = b""
         self._in_line = False
         """True when the start of the present line was shown already: the rest belongs to it."""
+        self._after_warning = False
+        """True when the line before was a warning that was left out: this may be its source."""
+        self._ends_at_traceback = False
+        self._is_over = False
+
+    def end_at_traceback(self) -> None:
+        """A rank has failed: what rank 0 writes is shown up to its own traceback, if it comes to
+        one. The failure's message has the cause, from which rank 0's may only follow."""
+        self._ends_at_traceback = True
 
     def poll(self) -> None:
         """Show what was written since the last poll."""
@@ -50,16 +60,29 @@ class LogFollower:
         *lines, self._held = (self._held + chunk).split(b"\n")
         kept = []
         for line in lines:
-            if self._in_line or not _NOISE.search(line):
+            self._is_over |= self._ends_at_traceback and _TRACEBACK in line
+            if self._is_over:
+                break
+            if self._in_line or not self._is_noise(line):
                 kept.append(line + b"\n")
             self._in_line = False
         if kept:
             self._show(b"".join(kept))
-        if len(self._held) > _CHUNK:
+        if self._is_over:
+            self._held = b""
+        elif len(self._held) > _CHUNK:
             self._show_rest()
 
+    def _is_noise(self, line: bytes) -> bool:
+        if self._after_warning and line.startswith(b"  "):
+            self._after_warning = False
+            return True  # the source line, which Python prints below a warning
+        found = _NOISE.search(line)
+        self._after_warning = found is not None and found["warning"] is not None
+        return found is not None
+
     def _show_rest(self) -> None:
-        if self._held and not (not self._in_line and _NOISE.search(self._held)):
+        if self._held and (self._in_line or not _NOISE.search(self._held)):
             self._show(self._held)
             self._in_line = True
             self._held = b""

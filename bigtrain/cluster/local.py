@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from bigtrain.cluster import environment
+from bigtrain.cluster import ending, environment
 from bigtrain.cluster.agent import Agent
 from bigtrain.cluster.environment import Place
 from bigtrain.cluster.layout import NodeLogs
@@ -26,14 +26,17 @@ def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
     _check_platform(plan)
     _check_places(plan)
     console.say(_start_line(plan))
+    agent = Agent(
+        plan,
+        plan_path=plan_path.resolve(),
+        console=console,
+        inherited=os.environ,
+        host=platform.node(),
+    )
     try:
-        return Agent(
-            plan,
-            plan_path=plan_path.resolve(),
-            console=console,
-            inherited=os.environ,
-            host=platform.node(),
-        ).run()
+        exit_code = agent.run()
+        console.end(ending.summary(plan, exit_code=exit_code))
+        return exit_code
     finally:
         console.close()
 

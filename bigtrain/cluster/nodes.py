@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from bigtrain.cluster import agreement, rendezvous, threads
+from bigtrain.cluster import agreement, ending, rendezvous, threads
 from bigtrain.cluster.agreement import StorageToken
 from bigtrain.cluster.lifeline import EXIT_AGAIN, Verdict
 from bigtrain.cluster.node_agent import NodeAgent
@@ -72,6 +72,8 @@ def launch(
         code = agent.run()
     if seat.node_rank == 0 or agent.lifeline.has_lost_head:
         _tell(agent.verdict, console)
+        console.end(ending.summary(attempt_plan, exit_code=code))
+        console.close()
     return code
 
 
@@ -90,7 +92,6 @@ def _tell(verdict: Verdict | None, console: Console) -> None:
         console.fail(verdict.cause)
     elif verdict is not None and verdict.code:
         console.say(f"the run stopped early, with exit code {verdict.code}")
-    console.close()
 
 
 def _meet(plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again: bool) -> Joined:
@@ -238,7 +239,7 @@ class _OtherNodesConsole:
     def say(self, text: str) -> None:
         """Nothing: the first node says the same."""
 
-    def fail(self, text: str) -> None:
+    def fail(self, text: str, *, details: Mapping[str, Any] | None = None) -> None:
         """Nothing: the first node tells, once, what the run ended with."""
 
     def show(self, event: Event) -> None:
@@ -247,6 +248,9 @@ class _OtherNodesConsole:
 
     def output(self, data: bytes) -> None:
         self._console.output(data)
+
+    def end(self, summary: Mapping[str, Any]) -> None:
+        """Nothing: it is the first node's to say."""
 
     def close(self) -> None:
         self._console.close()

@@ -132,6 +132,8 @@ class Supervisor:
         if state is None:
             return False
         self._read_events(rank)  # what it said before it left
+        if self._follower is not None and (state.si_code != os.CLD_EXITED or state.si_status):
+            self._follower.end_at_traceback()
         exited = state.si_code == os.CLD_EXITED
         rank.exit = RankExit(
             rank=rank.rank,
@@ -229,6 +231,8 @@ class Supervisor:
             return  # not ours: the pipe is open to all that the rank runs
         if event["kind"] == "failed" and rank.announced_at is None:
             rank.announced_at = time.monotonic()
+            if self._follower is not None:
+                self._follower.end_at_traceback()
         self._on_event(rank.rank, event)
 
     def _outcome(self) -> Outcome:

@@ -93,16 +93,3 @@ def _gloo_threads() -> list[str]:
             if status.startswith("Name:\tpt_gloo_runloop\n"):
                 found.append(status)
     return found
-
-
-def nccl_environment(dump_dir: Path) -> dict[str, str]:
-    """Variables that make NCCL's flight recorder keep the last collectives of every rank, and
-    write them to `dump_dir` when one times out.
-
-    https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
-    """
-    return {
-        "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-        "TORCH_FR_DUMP_TEMP_FILE": str(dump_dir / "nccl-trace-rank-"),
-    }

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from bigtrain.arguments.values import did_you_mean
 from bigtrain.cluster import threads
+from bigtrain.errors import ConfigError
 from bigtrain.planning.output_dir import next_attempt, run_id
 from bigtrain.planning.processes import Processes
 from bigtrain.planning.request import Surroundings
@@ -69,5 +71,7 @@ def resume(asked: str | None, training: Mapping[str, Any], working_dir: Path) ->
     from bigtrain.checkpoint.find import require_checkpoint
 
     path = (working_dir / Path(str(said)).expanduser()).resolve()
+    if not path.exists() and (hint := did_you_mean(str(said), ("auto", "never"))):
+        raise ConfigError(f"resume: there is no {said!r} here{hint}")
     require_checkpoint(path)
     return str(path)

@@ -110,6 +110,12 @@ class TrainerCore:
         self._reset_gather()
         self._is_prepared = False
 
+    def _prepare_to_evaluate(self) -> None:
+        """Make the model the engine's without an optimizer, if nothing has prepared it yet."""
+        if not self._is_prepared:
+            self.model_wrapped = self.engine.prepare(self.model, None)
+            self._is_prepared = True
+
     def _reset_gather(self) -> None:
         self.gather_function = functools.partial(
             self.accelerator.gather_for_metrics,

@@ -76,8 +76,7 @@ class Prediction(Batches, Forward):
         self._preparation_s = 0.0
         if not self._is_prepared:
             start = time.time()
-            self.model_wrapped = self.engine.prepare(self.model, None)
-            self._is_prepared = True
+            self._prepare_to_evaluate()
             self._preparation_s = time.time() - start
             self.model_preparation_time = round(self._preparation_s, 4)
         model = self.model_wrapped

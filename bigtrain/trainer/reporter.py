@@ -74,9 +74,9 @@ class Reporter:
         """An evaluation is done. The time it took is no part of the next step times."""
         self._write({"step": state.global_step, **metrics})
         self._since = time.perf_counter()
-        losses = [f"{key} {value:.4f}" for key, value in metrics.items() if key.endswith("_loss")]
-        if losses:
-            self.say(f"step {state.global_step}: {', '.join(losses)}")
+        if self._is_on and environment.has_console():
+            figures = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
+            _emit("evaluated", **{"step": state.global_step, **figures})
 
     def saved(self, path: Path, step: int) -> None:
         """A checkpoint is committed."""

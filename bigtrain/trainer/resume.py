@@ -350,6 +350,24 @@ class Resume(Saving):
         if scaler.is_file():
             self.engine.load_scaler_state(torch.load(scaler, weights_only=True))
 
+    # ---- Weights alone ----
+
+    def load_resumed_weights(self) -> Path | None:
+        """The checkpoint that `train` would go on from, its weights now in the model and its step
+        the trainer's, for an evaluation without training. All ranks call it."""
+        checkpoint = self._checkpoint_to_resume(None)
+        if checkpoint is None:
+            return None
+        if self._loads_before_preparing(checkpoint):
+            self._load_from_checkpoint(checkpoint)
+        else:
+            self._prepare_to_evaluate()
+            with attempt(self.args.ranks, lambda: open_checkpoint(checkpoint)) as loaded:
+                restore(self.engine, loaded, world=self.args.ranks, optimizer=False)
+        if (checkpoint / TRAINER_STATE_FILE).is_file():
+            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+        return checkpoint
+
     # ---- The best model, at the end ----
 
     def _load_best_model(self) -> None:

@@ -43,13 +43,16 @@ def test_plain_lines_go_where_they_belong() -> None:
     console.show(_event("warning", 3, text="careful"))
     console.show(_event("warning", text="careful"))
     console.show(_event("saved", path="out/checkpoint-5", step=5))
+    console.show(_event("evaluated", step=5, eval_loss=2.5, eval_runtime=1.0))
+    console.show(_event("evaluated", 3, step=5, eval_loss=2.5))
     console.show(_event("failed", 3))
     console.show(_event("made-up", 3))
     console.output(b"raw\n")
-    console.fail("rank 3 failed")
+    console.fail("rank 3 failed", details={"rank": 3})
+    console.end({"exit_code": 1})
     assert out.getvalue() == (
         "step 20/200  loss 3.412  lr 2.9e-04  1.2k tok/s  eta 0:41\n"
-        "calm\nsaved out/checkpoint-5\nraw\n"
+        "calm\nsaved out/checkpoint-5\nstep 5: eval_loss 2.5000\nraw\n"
     )
     assert err.getvalue() == ("starting\n[1:3] warning: careful\nwarning: careful\nrank 3 failed\n")
 
@@ -60,7 +63,8 @@ def test_json_lines_are_json() -> None:
     console.say("starting")
     console.show(_event("progress", 2, step=1, loss=math.nan, more=[math.inf]))
     console.output(b"raw \xff\n")
-    console.fail("bad")
+    console.fail("bad", details={"rank": 3, "exit_code": 9})
+    console.end({"exit_code": 9, "checkpoint": None})
     records = [
         json.loads(line, parse_constant=lambda name: 1 / 0) for line in out.getvalue().splitlines()
     ]
@@ -68,7 +72,8 @@ def test_json_lines_are_json() -> None:
         {"kind": "launcher", "text": "starting"},
         {"kind": "progress", "rank": 2, "node_rank": 1, "step": 1, "loss": None, "more": [None]},
         {"kind": "output", "rank": 0, "text": "raw \ufffd\n"},
-        {"kind": "failure", "text": "bad"},
+        {"kind": "failure", "text": "bad", "rank": 3, "exit_code": 9},
+        {"kind": "end", "exit_code": 9, "checkpoint": None},
     ]
 
 

@@ -85,6 +85,22 @@ def test_a_ranks_variables_are_read_back_as_its_place_in_the_run(tmp_path: Path)
     assert "TORCH_FR_BUFFER_SIZE" not in variables
 
 
+def test_nccls_flight_recorder_dumps_beside_the_logs_unless_told_otherwise(tmp_path: Path) -> None:
+    def variables(**said: str) -> dict[str, str]:
+        return environment.for_rank(
+            _plan(tmp_path, device="cuda", environment=said),
+            plan_path="plan.json",
+            local_rank=0,
+            place=Place(node_rank=0, store_host="10.0.0.1", store_port=4000),
+            logs=NodeLogs(directory=tmp_path),
+            restarts=0,
+        )
+
+    assert variables()["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-trace-rank-"
+    assert variables()["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in variables(TORCH_NCCL_DUMP_ON_TIMEOUT="0")
+
+
 def test_the_plan_wins_over_the_shell_and_the_shell_over_defaults(tmp_path: Path) -> None:
     plan = _plan(tmp_path, threads_per_rank=4, environment={"BOTH": "plan"})
     assert environment.for_node(plan, inherited={})["OMP_NUM_THREADS"] == "4"

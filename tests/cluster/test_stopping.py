@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+_NOTHING_SAVED = "no checkpoint was saved: the next start begins anew"
 _HANDLES = """
     import os, signal, sys, time
     seen = []
@@ -76,7 +77,7 @@ def test_a_signal_is_passed_on_once_and_the_ranks_answer_is_the_runs(
     assert done.code == code, done.err
     for rank in range(2):
         assert (launcher.folder / f"seen-{rank}").read_text() == name
-    assert done.err.splitlines()[1:] == [f"stopped by {name}"]
+    assert done.err.splitlines()[1:] == [f"stopped by {name}; {_NOTHING_SAVED}"]
 
 
 def test_a_script_that_ignores_the_matter_dies_of_sigterm(
@@ -87,7 +88,7 @@ def test_a_script_that_ignores_the_matter_dies_of_sigterm(
     launched.process.terminate()
     done = launched.wait(timeout_s=15)
     assert done.code == 143
-    assert done.err.splitlines()[1:] == ["stopped by SIGTERM"]
+    assert done.err.splitlines()[1:] == [f"stopped by SIGTERM; {_NOTHING_SAVED}"]
 
 
 def test_ctrl_c_ends_all_ranks_with_130_and_calm_words(
@@ -100,7 +101,7 @@ def test_ctrl_c_ends_all_ranks_with_130_and_calm_words(
     assert done.code == 130
     assert done.err.splitlines()[1:] == [
         "interrupted: the ranks are told to stop (Ctrl-C again: kill them)",
-        "stopped by SIGINT",
+        f"stopped by SIGINT; {_NOTHING_SAVED}",
     ]
     assert done.rank_log(1).count("KeyboardInterrupt") == 1
 

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from bigtrain.engine import build_engine
-from bigtrain.engine.process_group import nccl_environment
 from bigtrain.errors import BigtrainError, CheckpointError, ConfigError, UnsupportedError
 from bigtrain.topology import RankInfo
 from tests.engine import recipes
@@ -87,8 +86,3 @@ def test_other_groups_than_the_checkpoints_are_refused() -> None:
     saved = recipes.snapshot(_prepared(), ALONE)
     with pytest.raises(CheckpointError, match="first 'model.embed_tokens.weight'"):
         _prepared("embed_tokens").load_local_state(saved, optimizer=True)
-
-
-def test_the_flight_recorder_dumps_where_it_is_told(tmp_path: Any) -> None:
-    variables = nccl_environment(tmp_path)
-    assert variables["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-trace-rank-"

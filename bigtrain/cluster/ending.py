@@ -1,0 +1,35 @@
+"""What is left of a run that has ended: the checkpoint that the next start goes on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bigtrain.checkpoint.staging import newest_first
+from bigtrain.plan import RunPlan
+
+
+def newest_checkpoint(plan: RunPlan) -> Path | None:
+    """The one that was committed last, whoever committed it; None where there is none."""
+    directory = Path(plan.output_dir)
+    return next(iter(newest_first(directory)), None) if directory.is_dir() else None
+
+
+def summary(plan: RunPlan, *, exit_code: int) -> dict[str, Any]:
+    """How the run ended, and where what it left is, for programs."""
+    checkpoint = newest_checkpoint(plan)
+    return {
+        "exit_code": exit_code,
+        "output_dir": plan.output_dir,
+        "checkpoint": None if checkpoint is None else str(checkpoint),
+    }
+
+
+def how_to_go_on(plan: RunPlan) -> str:
+    """For a person who has stopped the run."""
+    checkpoint = newest_checkpoint(plan)
+    if checkpoint is None:
+        return "no checkpoint was saved: the next start begins anew"
+    if plan.kind == "script":
+        return f"go on from {checkpoint} with --resume auto"
+    return f"the same command goes on from {checkpoint}"
