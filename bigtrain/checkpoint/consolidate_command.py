@@ -21,7 +21,7 @@ EXAMPLES = (
     "\b\nExamples:\n"
     "  bigtrain consolidate runs/mine mine-final\n"
     "  bigtrain consolidate a-deepspeed-directory out --step 500 --dtype bf16 --verify\n"
-    "  bigtrain consolidate runs/mine shards --max-shard-size 2GB --jobs 4"
+    "  bigtrain consolidate runs/lora merged --merge-adapter --max-shard-size 2GB"
 )
 INTERRUPTED = 130
 _TERMINAL_S = 0.1
@@ -58,6 +58,9 @@ def consolidate(
     prefix: Annotated[
         str, typer.Option("--prefix", metavar="TEXT", help="To cut off names. auto: found out.")
     ] = "auto",
+    merge_adapter: Annotated[
+        bool, typer.Option("--merge-adapter", help="Add a LoRA adapter to its base model.")
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option("--jobs", metavar="N", help="Files that are written at a time.")
     ] = None,
@@ -87,6 +90,7 @@ def consolidate(
         "max_shard_size": max_shard_size,
         "format": format_,
         "prefix": prefix,
+        "merge_adapter": merge_adapter,
         "jobs": jobs,
         "verify": verify,
         "resume": resume,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp, split_key
@@ -19,7 +19,7 @@ from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
 from bigtrain.checkpoint.formats.safetensors import read_safetensors
 from bigtrain.checkpoint.formats.torch_state_dict import read_state_dict, state_dict_files
 from bigtrain.checkpoint.formats.transformers_dir import weight_files
-from bigtrain.checkpoint.index import BUFFER, WEIGHT, TensorEntry, TensorIndex
+from bigtrain.checkpoint.index import BUFFER, WEIGHT, TensorEntry, TensorIndex, merge
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.records import (
     check_torch_files,
@@ -28,7 +28,7 @@ from bigtrain.checkpoint.records import (
     torch_file_records,
 )
 from bigtrain.checkpoint.verify import verify_checkpoint
-from bigtrain.checkpoint.witness import RecordSource, no_records
+from bigtrain.checkpoint.witness import Record, RecordSource, no_records
 from bigtrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,25 @@ class Source:
             if entry.kind in (WEIGHT, BUFFER)
             and any(e.file == file and start <= e.offset < stop for e in entry.extents)
         ]
+
+
+def with_base(adapter: Source, base: Source) -> tuple[Source, Mapping[str, TensorEntry]]:
+    """One source of both, and the weights of `base` in it."""
+    index = merge([adapter.index, base.index])
+    of_base = set(base.index.files)
+
+    def find_record(path: Path, offset: int) -> Record | None:
+        return (base if path in of_base else adapter).find_record(path, offset)
+
+    both = replace(
+        adapter,
+        kind=f"{adapter.kind}, on {base.path}",
+        index=index,
+        find_record=find_record,
+        check_all=lambda: adapter.check_all() + base.check_all(),
+    )
+    weights = {name: index.entry(e.name, e.kind) for name, e in base.sets[MODEL].items()}
+    return both, weights
 
 
 def open_source(path: Path, *, step: int | None = None, trust_times: bool = False) -> Source:
@@ -167,11 +186,17 @@ def _reader(path: Path) -> Callable[[Path, bool], Source] | None:
         return _read_fsdp
     if _latest(path) and is_deepspeed(path / (_latest(path) or "")):
         return None  # weights beside it are a copy in lower precision
-    if weight_files(path):
-        return _read_plain
-    if state_dict_files(path):
+    if _safetensors(path) or _state_dicts(path):
         return _read_plain
     return None
+
+
+def _safetensors(path: Path) -> list[Path]:
+    return weight_files(path) or [p for p in [path / "adapter_model.safetensors"] if p.is_file()]
+
+
+def _state_dicts(path: Path) -> list[Path]:
+    return state_dict_files(path) or [p for p in [path / "adapter_model.bin"] if p.is_file()]
 
 
 def _read_own(path: Path, _trust_times: bool) -> Source:
@@ -226,8 +251,8 @@ def _read_dcp(path: Path, trust_times: bool, *, root: Path | None = None) -> Sou
 
 
 def _read_plain(path: Path, _trust_times: bool) -> Source:
-    safetensors = weight_files(path)
-    files = safetensors or state_dict_files(path)
+    safetensors = _safetensors(path)
+    files = safetensors or _state_dicts(path)
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CheckpointError(f"{path}: {', '.join(missing)} missing; its index names them")

@@ -63,6 +63,13 @@ def make_cast(stored: DType, wanted: DType) -> Cast | None:
     return cast
 
 
+def as_float32(data: memoryview, stored: DType) -> np.ndarray[Any, Any]:
+    """The elements in float32."""
+    import numpy
+
+    return _widen(numpy.frombuffer(data, _NUMPY[stored.name]), stored)
+
+
 def _widen(values: np.ndarray[Any, Any], stored: DType) -> np.ndarray[Any, Any]:
     """As float32, through which torch goes too."""
     if stored.name == "bfloat16":

@@ -17,12 +17,28 @@ from bigtrain.checkpoint.index import TensorEntry
 
 
 @dataclass(frozen=True, kw_only=True)
+class LowRank:
+    """What an adapter adds to a matrix: scaling · B·A."""
+
+    a: TensorEntry
+    """[rank, …]"""
+    b: TensorEntry
+    """[…, rank]"""
+    rank: int
+    scaling: float
+    is_transposed: bool
+    """The matrix is stored as its transpose, as those of embeddings are."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputTensor:
     """One tensor of the output."""
 
     name: str
     entry: TensorEntry
     dtype: DType
+    update: LowRank | None = None
+    """To add to the stored elements."""
 
     @property
     def nbytes(self) -> int:

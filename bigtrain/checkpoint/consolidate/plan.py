@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +11,18 @@ from typing import Any
 
 import xxhash
 
+from bigtrain.checkpoint.consolidate.adapters import (
+    ADAPTER_CONFIG,
+    adapter_tensors,
+    is_adapter,
+    is_whole,
+    merged_tensors,
+    read_adapter_config,
+)
 from bigtrain.checkpoint.consolidate.casting import target_dtype
-from bigtrain.checkpoint.consolidate.frames import OutputTensor
+from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile, output_format, plan_files
-from bigtrain.checkpoint.consolidate.naming import is_adapter, plain_names, split_adapter
+from bigtrain.checkpoint.consolidate.naming import plain_names
 from bigtrain.checkpoint.consolidate.side_files import (
     CONFIG,
     find_side_files,
@@ -22,7 +31,7 @@ from bigtrain.checkpoint.consolidate.side_files import (
     with_dtype,
 )
 from bigtrain.checkpoint.index import TensorEntry
-from bigtrain.checkpoint.source import Source
+from bigtrain.checkpoint.source import Source, open_source, with_base
 from bigtrain.errors import CheckpointError
 
 
@@ -36,6 +45,7 @@ class Choices:
     """Bytes of one file."""
     prefix: str
     format: str
+    merge_adapter: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,40 +80,80 @@ def make_plan(source: Source, choices: Choices) -> Plan:
 
     CheckpointError where the source lacks what is asked for, or two tensors would get one name.
     """
+    content = _content(source, choices)
+    config = read_config(content.side_files)
+    warnings = []
+    needed, reader = (ADAPTER_CONFIG, "PEFT") if content.is_adapter else (CONFIG, "from_pretrained")
+    if needed not in content.side_files:
+        warnings.append(f"there is no {needed} beside the weights; {reader} needs one")
+    tensors = [
+        OutputTensor(
+            name=name, entry=entry, dtype=target_dtype(choices.dtype, entry.dtype), update=update
+        )
+        for name, (entry, update) in content.tensors.items()
+    ]
+    form = output_format(choices.format, is_adapter=content.is_adapter)
+    # PEFT knows no adapters in several files.
+    limit = sys.maxsize if content.is_adapter else choices.limit
+    return Plan(
+        source=content.source,
+        choices=choices,
+        files=tuple(plan_files(tensors, max_shard_size=limit, form=form)),
+        index_name=form.index_name,
+        side_files=content.side_files,
+        config=with_dtype(config, _main_dtype(tensors)) if tensors else config,
+        warnings=tuple(warnings),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """What goes into the output."""
+
+    source: Source
+    tensors: Mapping[str, tuple[TensorEntry, LowRank | None]]
+    side_files: dict[str, Path]
+    is_adapter: bool = False
+
+
+def _content(source: Source, choices: Choices) -> _Content:
     if choices.weights not in source.sets:
         raise CheckpointError(
             f"{source.path} has no weights named {choices.weights!r}; it has: "
             f"{', '.join(source.sets)}"
         )
-    chosen = source.sets[choices.weights]
     side_files = find_side_files(source.path)
-    config = read_config(side_files)
-    warnings: list[str] = []
-    adapted = is_adapter(chosen)
-    if adapted:
-        named = split_adapter(chosen)[1]
-        config = {}
-        side_files.pop(CONFIG, None)
-        if "adapter_config.json" not in side_files:
-            warnings.append("there is no adapter_config.json beside the adapter; PEFT needs one")
-    else:
-        named = _named(source, chosen, choices.prefix, tied=ties_embeddings(config))
-        if not config:
-            warnings.append("there is no config.json beside the weights; from_pretrained needs one")
-    tensors = [
-        OutputTensor(name=name, entry=entry, dtype=target_dtype(choices.dtype, entry.dtype))
-        for name, entry in named.items()
-    ]
-    form = output_format(choices.format, is_adapter=adapted)
-    return Plan(
-        source=source,
-        choices=choices,
-        files=tuple(plan_files(tensors, max_shard_size=choices.limit, form=form)),
-        index_name=form.index_name,
-        side_files=side_files,
-        config=with_dtype(config, _main_dtype(tensors)) if tensors else config,
-        warnings=tuple(warnings),
-    )
+    tied = ties_embeddings(read_config(side_files))
+    named = _named(source, source.sets[choices.weights], choices.prefix, tied=tied)
+    if not is_adapter(named):
+        if choices.merge_adapter:
+            raise CheckpointError(f"{source.path} holds no LoRA adapter to merge")
+        plain = {name: (entry, None) for name, entry in named.items()}
+        return _Content(source=source, tensors=plain, side_files=side_files)
+    if choices.merge_adapter:
+        return _merged(source, named, side_files)
+    side_files.pop(CONFIG, None)
+    adapter = {name: (entry, None) for name, entry in adapter_tensors(named).items()}
+    return _Content(source=source, tensors=adapter, side_files=side_files, is_adapter=True)
+
+
+def _merged(
+    source: Source, named: Mapping[str, TensorEntry], side_files: dict[str, Path]
+) -> _Content:
+    config = read_adapter_config(side_files.pop(ADAPTER_CONFIG, None))
+    base: Mapping[str, TensorEntry] = {}
+    if not is_whole(named):
+        where = Path(config.get("base_model_name_or_path") or "")
+        if not where.name or not where.is_dir():
+            raise CheckpointError(
+                f"{source.path} holds the adapter alone, and its model {str(where)!r} is no "
+                f"directory here; download it, and name it in {ADAPTER_CONFIG} "
+                "(base_model_name_or_path)"
+            )
+        source, base = with_base(source, open_source(where))
+        side_files = {**find_side_files(where), **side_files}
+    tensors = merged_tensors(named, base, config)
+    return _Content(source=source, tensors=tensors, side_files=side_files)
 
 
 def _named(

@@ -51,6 +51,7 @@ def consolidate(
     max_shard_size: int | str = "5GB",
     prefix: str = AUTO,
     format: str = SAFETENSORS,
+    merge_adapter: bool = False,
     jobs: int | None = None,
     verify: bool = False,
     resume: bool = False,
@@ -61,9 +62,10 @@ def consolidate(
     """Write the weights of the checkpoint `source` as a Hugging Face model into `output`.
 
     `source` may hold several steps: the newest that holds is taken, or `step`. `dtype` is keep,
-    fp32, bf16 or fp16; `format` safetensors or torch (`pytorch_model.bin`). With `verify`, all of
-    the source's checksums are checked and the output is read back; `remove_source` implies it.
-    `resume` goes on where an interrupted attempt stopped.
+    fp32, bf16 or fp16; `format` safetensors or torch (`pytorch_model.bin`). `merge_adapter` adds a
+    LoRA adapter to its model. With `verify`, all of the source's checksums are checked and the
+    output is read back; `remove_source` implies it. `resume` goes on where an interrupted attempt
+    stopped.
     CheckpointError says what is damaged, missing or not known; nothing half-written is left under
     the name of `output`.
     """
@@ -77,6 +79,7 @@ def consolidate(
         limit=parse_size(max_shard_size),
         prefix=prefix,
         format=format,
+        merge_adapter=merge_adapter,
     )
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs is {jobs}; it must be at least 1")
@@ -221,7 +224,7 @@ def _write_small(plan: Plan, staging: Staging) -> None:
         (staging.path / name).parent.mkdir(exist_ok=True)
         if name != CONFIG:
             staging.write_file(name, path.read_bytes())
-    if plan.config:
+    if plan.config and CONFIG in plan.side_files:
         staging.write_file(CONFIG, json.dumps(plan.config, indent=2).encode() + b"\n")
     if len(plan.files) > 1:
         staging.write_file(plan.index_name, index_json(plan.files))

@@ -15,10 +15,12 @@ from pathlib import Path
 
 from bigtrain.checkpoint.consolidate.casting import Cast, make_cast
 from bigtrain.checkpoint.consolidate.digest import Digest
-from bigtrain.checkpoint.consolidate.frames import OutputTensor
+from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
 from bigtrain.checkpoint.consolidate.journal import FileJournal
 from bigtrain.checkpoint.consolidate.layout import OutputFile
+from bigtrain.checkpoint.consolidate.product import Product
 from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
+from bigtrain.checkpoint.dtypes import DTYPES
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
 from bigtrain.checkpoint.witness import RecordSource, Witness
 from bigtrain.errors import CheckpointError
@@ -115,6 +117,8 @@ class Copier:
 
     def _copy(self, tensor: OutputTensor, sink: Sink, digest: Digest) -> int:
         """Give the tensor's bytes to the sink; how many values became infinite."""
+        if tensor.update is not None:
+            return self._copy_merged(tensor, tensor.update, sink, digest)
         cast = make_cast(tensor.entry.dtype, tensor.dtype)
         if tensor.entry.extents.is_interleaved:
             return self._copy_tiles(tensor, cast, sink, digest)
@@ -142,7 +146,8 @@ class Copier:
                 count = min(left, _CAST_ELEMENTS)
                 tile = self._tile(count * width)
                 self._read(extent.file, offset, tile)
-                infinite += self._give_cast(tile, tensor, cast, sink, digest)
+                widths = (width, tensor.dtype.itemsize)
+                infinite += self._give_cast(tile, widths, cast, sink, digest)
                 offset += tile.nbytes
                 left -= count
         return infinite
@@ -154,23 +159,47 @@ class Copier:
         entry, width = tensor.entry, tensor.entry.dtype.itemsize
         step = _TILE_BYTES // width
         for start in range(0, entry.numel, step):
-            stop = min(entry.numel, start + step)
-            tile = self._tile((stop - start) * width)
-            for extent in entry.extents.overlapping(start, stop):
-                self._gather(extent, width, start, stop, tile)
-            infinite += self._give_cast(tile, tensor, cast, sink, digest)
+            tile = self._gathered(entry, start, min(entry.numel, start + step))
+            infinite += self._give_cast(tile, (width, tensor.dtype.itemsize), cast, sink, digest)
         return infinite
+
+    def _copy_merged(
+        self, tensor: OutputTensor, update: LowRank, sink: Sink, digest: Digest
+    ) -> int:
+        """W + scaling · B·A, some rows at a time. Both factors are held whole: they are small."""
+        entry, cast = tensor.entry, make_cast(DTYPES["float32"], tensor.dtype)
+        product = Product(update, *map(self._whole, (update.a, update.b)))
+        columns = entry.numel // entry.shape[0]
+        step = max(1, _TILE_BYTES // (4 * columns))
+        infinite = 0
+        for row in range(0, entry.shape[0], step):
+            end = min(entry.shape[0], row + step)
+            tile = self._gathered(entry, row * columns, end * columns)
+            merged = product.added_to(tile, entry.dtype, row, end)
+            infinite += self._give_cast(merged, (4, tensor.dtype.itemsize), cast, sink, digest)
+        return infinite
+
+    def _whole(self, entry: TensorEntry) -> bytes:
+        return bytes(self._gathered(entry, 0, entry.numel))
+
+    def _gathered(self, entry: TensorEntry, start: int, stop: int) -> memoryview:
+        """Elements [start, stop), until the next call."""
+        tile = self._tile((stop - start) * entry.dtype.itemsize)
+        for extent in entry.extents.overlapping(start, stop):
+            self._gather(extent, entry.dtype.itemsize, start, stop, tile)
+        return tile
 
     def _give_cast(
         self,
         tile: memoryview,
-        tensor: OutputTensor,
+        widths: tuple[int, int],
         cast: Cast | None,
         sink: Sink,
         digest: Digest,
     ) -> int:
+        """`widths` of an element in the tile, and in the output."""
         infinite, at = 0, 0
-        stored, wanted = tensor.entry.dtype.itemsize, tensor.dtype.itemsize
+        stored, wanted = widths
         elements = tile.nbytes // stored
         while at < elements:
             count = min(elements - at, _CAST_ELEMENTS)
@@ -254,8 +283,10 @@ class Copier:
         self.witness.saw(path, fd, offset, out)
 
     def _require(self, tensor: OutputTensor) -> None:
-        for extent in tensor.entry.extents:
-            self.witness.needs(self._index.files[extent.file], extent.offset)
+        update = tensor.update
+        for entry in [tensor.entry, *([update.a, update.b] if update else [])]:
+            for extent in entry.extents:
+                self.witness.needs(self._index.files[extent.file], extent.offset)
 
     def _descriptor(self, file: int) -> int:
         if file in self._open:

@@ -1,0 +1,178 @@
+"""LoRA adapters among the weights: by the names that PEFT reads, or merged into their model.
+
+A live model holds `base_model.model.<module>.lora_A.<adapter>.weight` and its like beside
+`….base_layer.weight`; an adapter's own file leaves the adapter's name out. Merged, a weight is
+W + scaling · B·A, in PEFT's terms.
+https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigtrain.checkpoint.consolidate.frames import LowRank
+from bigtrain.checkpoint.index import BUFFER, TensorEntry
+from bigtrain.errors import CheckpointError
+
+ADAPTER_CONFIG = "adapter_config.json"
+_MATRICES = ("lora_A", "lora_B")
+_BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_PEFT = "base_model.model."
+_SAVED = "modules_to_save"
+_WRAPPED = ("base_layer", "original_module")
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class _Piece(NamedTuple):
+    """One tensor of an adapter, from its name."""
+
+    module: str
+    role: str
+    adapter: str | None
+    leaf: str
+    """`weight` or `bias`; of embeddings and magnitudes nothing."""
+
+
+def is_adapter(names: Iterable[str]) -> bool:
+    """Whether PEFT's low-rank adapters are among the tensors."""
+    return any(_piece(name) is not None for name in names)
+
+
+def is_whole(names: Iterable[str]) -> bool:
+    """Whether the adapted model's own weights are there too."""
+    return any("base_layer" in name.split(".") for name in names)
+
+
+def adapter_tensors(weights: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The adapter's tensors, by the names in a file of PEFT's."""
+    whole = is_whole(weights)
+    found: dict[str, TensorEntry] = {}
+    for name, entry in weights.items():
+        piece = _piece(name)
+        if piece is not None:
+            parts = [piece.module, piece.role, piece.leaf]
+            found[_PEFT + ".".join(part for part in parts if part)] = entry
+        elif _SAVED in name.split(".") or (not whole and entry.kind != BUFFER):
+            found[_PEFT + _plain(name)] = entry
+    return found
+
+
+def read_adapter_config(path: Path | None) -> dict[str, Any]:
+    """PEFT's configuration of the adapter; CheckpointError where it can't be merged by it."""
+    if path is None:
+        raise CheckpointError(
+            f"there is no {ADAPTER_CONFIG} beside the adapter, which says how strong it is; put it "
+            "there to merge it"
+        )
+    try:
+        config = json.loads(path.read_bytes())
+        kind = config.get("peft_type")
+    except (ValueError, AttributeError) as fault:
+        raise CheckpointError(f"{path}: no JSON object ({fault}); it is damaged") from fault
+    refused = {
+        f"it is a {kind} adapter": kind != "LORA",
+        "it uses DoRA": config.get("use_dora"),
+        "it trains biases (lora_bias)": config.get("lora_bias"),
+        "it trains biases (bias)": config.get("bias", "none") != "none",
+        "it trains single tokens": config.get("trainable_token_indices"),
+        "it targets parameters": config.get("target_parameters"),
+    }
+    if reasons := [reason for reason, holds in refused.items() if holds]:
+        raise CheckpointError(
+            f"{path}: {reasons[0]}, which can't be merged here; merge it by PEFT's "
+            "merge_and_unload, or leave out --merge-adapter"
+        )
+    return dict(config)
+
+
+def merged_tensors(
+    weights: Mapping[str, TensorEntry],
+    base: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+) -> dict[str, tuple[TensorEntry, LowRank | None]]:
+    """The model's tensors by their plain names, each with what is to be added to it.
+
+    `base` are the model's own weights where `weights` hold only the adapter.
+    """
+    found: dict[str, tuple[TensorEntry, LowRank | None]] = {k: (e, None) for k, e in base.items()}
+    pieces: dict[str, dict[str, TensorEntry]] = {}
+    adapters: set[str] = set()
+    saved: dict[str, TensorEntry] = {}
+    for name, entry in weights.items():
+        piece = _piece(name)
+        if piece is not None:
+            pieces.setdefault(piece.module, {})[piece.role] = entry
+            adapters.add(piece.adapter or "default")
+        elif _SAVED in name.split("."):
+            saved[_plain(name)] = entry
+        else:
+            found[_plain(name)] = (entry, None)
+    if len(adapters) > 1:
+        raise CheckpointError(f"there are several adapters: {', '.join(sorted(adapters))}")
+    found |= {name: (entry, None) for name, entry in saved.items()}
+    for module, roles in pieces.items():
+        name = f"{module}.weight"
+        if name not in found:
+            raise CheckpointError(f"the adapter changes {name}, which the model doesn't have")
+        found[name] = (found[name][0], _update(name, found[name][0], roles, config))
+    return found
+
+
+def _update(
+    name: str, weight: TensorEntry, roles: Mapping[str, TensorEntry], config: Mapping[str, Any]
+) -> LowRank:
+    is_embedding = "lora_embedding_A" in roles
+    names = _BARE[:2] if is_embedding else _MATRICES
+    if set(roles) != set(names):
+        raise CheckpointError(f"{name} is adapted by {', '.join(sorted(roles))}: can't be merged")
+    a, b = roles[names[0]], roles[names[1]]
+    rank = a.shape[0]
+    rows, columns = b.shape[0], a.numel // max(1, rank)
+    transposed = is_embedding or bool(config.get("fan_in_fan_out"))
+    shape = (columns, rows) if transposed else (rows, columns)
+    flat = (weight.shape[0], weight.numel // max(1, weight.shape[0])) if weight.shape else ()
+    if flat != shape or b.numel != rows * rank or weight.dtype.name not in _FLOATS:
+        raise CheckpointError(
+            f"{name} is {weight.dtype.name} {weight.shape}, to which an adapter of shape {a.shape} "
+            f"and {b.shape} can't be added (is the model quantised?)"
+        )
+    return LowRank(
+        a=a, b=b, rank=rank, scaling=_scaling(name, rank, config), is_transposed=transposed
+    )
+
+
+def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
+    """How strong the adapter is at this weight."""
+    alpha = config.get("lora_alpha", 8)
+    module = name.removesuffix(".weight")
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _piece(name: str) -> _Piece | None:
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part in (*_MATRICES, *_BARE):
+            module = ".".join(parts[:position]).removeprefix(_PEFT)
+            after = parts[position + 1 :]
+            if part in _BARE:
+                return _Piece(module, part, after[0] if after else None, "")
+            return _Piece(module, part, after[0] if len(after) > 1 else None, after[-1])
+    return None
+
+
+def _plain(name: str) -> str:
+    """The name without PEFT's wrappers."""
+    parts = name.removeprefix(_PEFT).split(".")
+    if _SAVED in parts:
+        at = parts.index(_SAVED)
+        parts = parts[:at] + parts[at + 2 :]
+    return ".".join(part for part in parts if part not in _WRAPPED)

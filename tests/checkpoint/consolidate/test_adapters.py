@@ -1,0 +1,193 @@
+"""LoRA adapters: what PEFT reads of them, and what PEFT merges."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig
+
+from bigtrain.checkpoint.consolidate import consolidate
+from bigtrain.errors import CheckpointError
+
+peft = pytest.importorskip("peft")
+
+TOKENS = torch.arange(12)[None]
+LORA: dict[str, Any] = {
+    "r": 4,
+    "lora_alpha": 24,
+    "target_modules": ["q_proj", "down_proj", "embed_tokens"],
+    "modules_to_save": ["lm_head"],
+    "alpha_pattern": {"layers.1.self_attn.q_proj": 3},
+    "task_type": "CAUSAL_LM",
+}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=51,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=67,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def adapted(model: Any, options: dict[str, Any]) -> Any:
+    """As if trained: no part of the adapter is zero, no saved module as it was."""
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+def write_live(model: Any, path: Path, *, prefix: str = "") -> Path:
+    """A checkpoint of the whole live model, as sharded engines save it."""
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    dcp.save({"model": state}, checkpoint_id=str(path), no_dist=True)
+    model.peft_config["default"].save_pretrained(path)
+    model.config.save_pretrained(path)
+    return path
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=TOKENS).logits
+    return found
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_peft_loads_the_adapter_of_a_live_model(prefix: str, tmp_path: Path) -> None:
+    base = llama()
+    model = adapted(llama(), LORA)
+
+    consolidate(write_live(model, tmp_path / "in", prefix=prefix), tmp_path / "out")
+
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors"}
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    theirs = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    ours = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("form", ["safetensors", "torch"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_merged_is_what_peft_merges(form: str, rslora: bool, tmp_path: Path) -> None:
+    options = LORA | ({"use_rslora": True, "alpha_pattern": {}} if rslora else {})
+    model = adapted(llama(), options)
+    source = write_live(model, tmp_path / "in")
+
+    consolidate(source, tmp_path / "out", merge_adapter=True, format=form, verify=True)
+
+    expected = model.merge_and_unload()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ours, theirs = loaded.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_an_adapter_alone_is_merged_into_the_model_that_it_names(tmp_path: Path) -> None:
+    llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = adapted(base, LORA)
+    model.save_pretrained(tmp_path / "in", save_embedding_layers=False)
+
+    summary = consolidate(tmp_path / "in", tmp_path / "out", merge_adapter=True, verify=True)
+
+    expected = model.merge_and_unload().state_dict()
+    ours = load_file(tmp_path / "out" / "model.safetensors")
+    assert f"on {tmp_path / 'base'}" in summary.kind
+    for name, value in ours.items():
+        assert value.dtype == torch.bfloat16 or "lm_head" in name
+        torch.testing.assert_close(value.float(), expected[name].float(), rtol=0.01, atol=0.01)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_layers_that_are_stored_transposed_are_merged_so(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=67))
+    options = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 3}
+    model = adapted(model, options)
+    consolidate(write_live(model, tmp_path / "in"), tmp_path / "out", merge_adapter=True)
+    expected = model.merge_and_unload()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_matrix_of_several_tiles_is_merged_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigtrain.checkpoint.consolidate import stream
+
+    monkeypatch.setattr(stream, "_TILE_BYTES", 1000)
+    model = adapted(llama(), LORA)
+    consolidate(write_live(model, tmp_path / "in"), tmp_path / "out", merge_adapter=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def without_config(source: Path) -> None:
+    (source / "adapter_config.json").unlink()
+
+
+def with_dora(source: Path) -> None:
+    change(source, use_dora=True)
+
+
+def as_another_kind(source: Path) -> None:
+    change(source, peft_type="LOHA")
+
+
+def change(source: Path, **fields: object) -> None:
+    path = source / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_config, "there is no adapter_config.json beside the adapter"),
+        (with_dora, "it uses DoRA, which can't be merged here; merge it by PEFT's"),
+        (as_another_kind, "it is a LOHA adapter, which can't be merged here"),
+    ],
+)
+def test_what_can_not_be_merged_is_refused(
+    spoil: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
+    source = write_live(adapted(llama(), LORA), tmp_path / "in")
+    spoil(source)
+    with pytest.raises(CheckpointError, match=message):
+        consolidate(source, tmp_path / "out", merge_adapter=True)
+
+
+def test_an_adapter_whose_model_is_not_here_is_refused(tmp_path: Path) -> None:
+    adapted(llama(), LORA).save_pretrained(tmp_path / "in", save_embedding_layers=False)
+    change(tmp_path / "in", base_model_name_or_path="someone/some-model")
+    with pytest.raises(CheckpointError, match="its model 'someone/some-model' is no directory"):
+        consolidate(tmp_path / "in", tmp_path / "out", merge_adapter=True)
+
+
+def test_nothing_to_merge_is_said(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"w": torch.randn(3)}, tmp_path / "in" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="holds no LoRA adapter to merge"):
+        consolidate(tmp_path / "in", tmp_path / "out", merge_adapter=True)
