@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from bigtrain.checkpoint.consolidate import consolidate
     from bigtrain.plan import RunPlan, current_plan
     from bigtrain.trainer.arguments import TrainingArguments
+    from bigtrain.trainer.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
     from bigtrain.trainer.trainer import Trainer
 
 __version__ = "0.1.0"
 __all__ = [
     "RunPlan",
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
     "Trainer",
     "TrainingArguments",
     "__version__",
@@ -26,6 +29,8 @@ __all__ = [
 
 _HOMES = {
     "RunPlan": "bigtrain.plan",
+    "Seq2SeqTrainer": "bigtrain.trainer.seq2seq",
+    "Seq2SeqTrainingArguments": "bigtrain.trainer.seq2seq",
     "Trainer": "bigtrain.trainer.trainer",
     "TrainingArguments": "bigtrain.trainer.arguments",
     "consolidate": "bigtrain.checkpoint.consolidate",

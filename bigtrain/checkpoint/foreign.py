@@ -79,6 +79,13 @@ def is_foreign(path: Path) -> bool:
     )
 
 
+def has_been_split(path: Path) -> bool:
+    """Whether somebody has turned our one weights file into transformers' several: the manifest
+    no longer describes them, and the checkpoint is read as transformers'."""
+    has_index = (path / "model.safetensors.index.json").is_file()
+    return has_index and not (path / "model.safetensors").is_file()
+
+
 def read_foreign(path: Path, *, names: Names | None = None) -> ForeignCheckpoint:
     """The step in `path`; CheckpointError says what is missing or can't be read.
 

@@ -23,6 +23,7 @@ from bigtrain.checkpoint.elements import read_elements
 from bigtrain.checkpoint.find import require_checkpoint
 from bigtrain.checkpoint.foreign import (
     ForeignCheckpoint,
+    has_been_split,
     is_foreign,
     read_foreign,
     steps_of_groups,
@@ -258,7 +259,8 @@ def open_checkpoint(path: Path, *, names: Names | None = None) -> LoadedCheckpoi
     been edited since, and only give a warning. `names` of the trained parameters, group by group,
     are needed for those formats of others that only number them. Raises CheckpointError.
     """
-    if not (path / MANIFEST).is_file() and is_foreign(path):
+    is_ours = (path / MANIFEST).is_file() and not has_been_split(path)
+    if not is_ours and is_foreign(path):
         foreign = read_foreign(path, names=names)
         pool = FilePool(find_record=foreign.find_record)
         return LoadedCheckpoint(path, index=foreign.index, pool=pool, foreign=foreign)

@@ -122,17 +122,23 @@ def newest_first(output_dir: Path) -> list[Path]:
 
 
 def rotate(
-    output_dir: Path, *, run_id: str, keep: int, protect: Set[Path] = frozenset()
+    output_dir: Path,
+    *,
+    run_id: str,
+    keep: int,
+    protect: Set[Path] = frozenset(),
+    spare_newest: bool = True,
 ) -> list[Path]:
     """Remove the oldest committed checkpoints of this run beyond `keep`; those that went.
 
-    Called on one rank, after a commit. `protect` stay whatever their age, and count.
+    Called on one rank, after a commit. `protect` stay whatever their age, and count; and so does
+    the newest, which training goes on from, unless that is over (`spare_newest=False`).
     """
     ours = [path for path in newest_first(output_dir) if _is_of_run(path, run_id)]
     protected = {path.resolve() for path in protect}
     spare = len(ours) - max(1, keep)
     removed: list[Path] = []
-    for path in reversed(ours[1:]):
+    for path in reversed(ours[1:] if spare_newest else ours):
         if len(removed) >= spare:
             break
         if path.resolve() not in protected:

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
+    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -132,6 +133,9 @@ class FsdpEngine(TorchEngine):
         # Without a backward pass nothing would cut the root again, and a later update would be
         # missing from what it kept gathered.
         model.register_forward_hook(_reshard_after_evaluation)
+        if hasattr(model, "generate"):
+            # It calls parts of the model (an encoder) past the root's forward.
+            register_fsdp_forward_method(model, "generate")
 
     def _prefetch(self, model: nn.Module) -> None:
         """Let each layer start to gather the next ones before it computes."""

@@ -6,14 +6,18 @@ process group.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate.state import GradientState
-from accelerate.utils import DistributedType, extract_model_from_parallel
+from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bigtrain.engine.protocol import Engine
 from bigtrain.topology import RankInfo
@@ -23,13 +27,33 @@ from bigtrain.trainer import collectives
 class Accelerator:
     """The place of this process, and collectives, as accelerate names them."""
 
-    def __init__(self, engine: Engine, *, ranks: RankInfo, mixed_precision: str) -> None:
+    def __init__(
+        self, engine: Engine, *, ranks: RankInfo, mixed_precision: str, config: AcceleratorConfig
+    ) -> None:
         self.engine = engine
         self.ranks = ranks
         self.mixed_precision = mixed_precision
-        self.gradient_state = GradientState()
+        accumulation = {**(config.gradient_accumulation_kwargs or {}), "num_steps": 1}
+        self.gradient_state = GradientState(GradientAccumulationPlugin(**accumulation))
+        # Of this trainer alone: the state above is shared by all of a process.
+        self.syncs_each_batch = bool(accumulation.get("sync_each_batch", False))
+        """Whether gradients are reduced after every micro-batch, as the arguments ask."""
         self.parallelism_config = None
         self.scaler = None
+        self.split_batches = config.split_batches
+        self.dispatch_batches = config.dispatch_batches
+        self.even_batches = config.even_batches
+        self.use_seedable_sampler = config.use_seedable_sampler
+        self.non_blocking = config.non_blocking
+
+    @property
+    def state(self) -> Accelerator:
+        """What scripts ask `accelerator.state` for is answered here too."""
+        return self
+
+    @property
+    def is_last_process(self) -> bool:
+        return self.ranks.rank == self.ranks.world_size - 1
 
     @property
     def device(self) -> torch.device:
@@ -89,10 +113,15 @@ class Accelerator:
         self, model: nn.Module, keep_fp32_wrapper: bool = True, keep_torch_compile: bool = True
     ) -> nn.Module:
         """The module that was given to the trainer, out of DDP, DeepSpeed and `torch.compile`."""
-        unwrapped: nn.Module = extract_model_from_parallel(
-            model, keep_fp32_wrapper=keep_fp32_wrapper, keep_torch_compile=keep_torch_compile
-        )
-        return unwrapped
+        # accelerate's own imports deepspeed to ask whether it is one of its engines.
+        compiled: Any = model if is_compiled_module(model) else None
+        inner: Any = compiled._orig_mod if compiled is not None else model
+        while isinstance(inner, DistributedDataParallel) or _is_deepspeed_engine(inner):
+            inner = inner.module
+        if compiled is None or not keep_torch_compile:
+            return inner  # type: ignore[no-any-return]
+        compiled._orig_mod = inner
+        return compiled  # type: ignore[no-any-return]
 
     def gather(self, tensor: Any) -> Any:
         return collectives.gather(tensor)
@@ -135,11 +164,21 @@ class Accelerator:
         weights = self.engine.full_weights()
         return {name: tensor for name, tensor in weights if tensor is not None}
 
+    def clear(self, *objects: Any) -> list[None]:
+        """The engine keeps what it holds; the given objects are let go."""
+        return [None for _ in objects]
+
     def free_memory(self, *objects: Any) -> list[None]:
         return [None for _ in objects]
 
     def end_training(self) -> None:
         self.engine.close()
+
+
+def _is_deepspeed_engine(module: nn.Module) -> bool:
+    """Without importing DeepSpeed, which takes seconds and is there when one exists."""
+    deepspeed = sys.modules.get("deepspeed")
+    return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
 def _first(data: Any, count: int) -> Any:

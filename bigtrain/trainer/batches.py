@@ -58,19 +58,15 @@ class Batches(TrainerCore):
         if eval_dataset is None and self.eval_dataset is None:
             raise ValueError("Trainer: evaluation requires an eval_dataset.")
         key = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        if self.args.dataloader_persistent_workers and key in self._eval_dataloaders:
-            return self._eval_dataloaders[key]  # type: ignore[no-any-return]
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
-        loader = self._get_dataloader(
+        return self._get_dataloader(
             dataset=self.eval_dataset if eval_dataset is None else eval_dataset,
             description="Evaluation",
             batch_size=self.args.eval_batch_size,
             sampler_fn=self._get_eval_sampler,
+            dataloader_key=key,
         )
-        if self.args.dataloader_persistent_workers:
-            self._eval_dataloaders[key] = loader
-        return loader
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """This rank's batches of a dataset to predict on."""
@@ -88,6 +84,24 @@ class Batches(TrainerCore):
         batch_size: int,
         sampler_fn: Callable[[Any], Any] | None = None,
         is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader[Any]:
+        """`dataloader_key`: made once under this name, where its workers persist."""
+        is_kept = dataloader_key is not None and self.args.dataloader_persistent_workers
+        if is_kept and dataloader_key in self._eval_dataloaders:
+            return self._eval_dataloaders[dataloader_key]  # type: ignore[no-any-return]
+        loader = self._make_dataloader(dataset, description, batch_size, sampler_fn, is_training)
+        if is_kept:
+            self._eval_dataloaders[str(dataloader_key)] = loader
+        return loader
+
+    def _make_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Callable[[Any], Any] | None,
+        is_training: bool,
     ) -> DataLoader[Any]:
         collate = self.data_collator
         if _is_arrow_dataset(dataset):

@@ -51,17 +51,19 @@ def argument_values(args: TrainingArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in sorted(names)}
 
 
-def adopt(args: transformers.TrainingArguments) -> TrainingArguments:
-    """`args` as bigtrain's class, for a script that has kept transformers' import."""
-    if isinstance(args, TrainingArguments):
+def adopt(
+    args: transformers.TrainingArguments, kind: type[TrainingArguments] = TrainingArguments
+) -> TrainingArguments:
+    """`args` as bigtrain's class `kind`, for a script that has kept transformers' import."""
+    if isinstance(args, kind):
         return args
-    if type(args) is not transformers.TrainingArguments:
+    if type(args) is not getattr(transformers, kind.__name__):
         raise TypeError(
-            f"args is a {type(args).__name__}, which does not extend bigtrain.TrainingArguments; "
+            f"args is a {type(args).__name__}, which does not extend bigtrain.{kind.__name__}; "
             "change its base class"
         )
     fields = [field.name for field in dataclasses.fields(args) if field.init]
-    return TrainingArguments(**{name: getattr(args, name) for name in fields})
+    return kind(**{name: getattr(args, name) for name in fields})
 
 
 def _asked(values: Mapping[str, Any], ranks: RankInfo) -> EngineName:

@@ -35,6 +35,7 @@ from transformers.trainer_utils import TrainerMemoryTracker, number_of_arguments
 from bigtrain.engine import process_group
 from bigtrain.engine.factory import build_engine
 from bigtrain.engine.protocol import Engine
+from bigtrain.errors import UnsupportedError
 from bigtrain.plan import RunPlan
 from bigtrain.trainer import choice, environment, introspection
 from bigtrain.trainer.accelerator import Accelerator
@@ -83,10 +84,9 @@ class TrainerCore:
     # ---- Engine ----
 
     def _set_up_engine(self, model: nn.Module | None, engine: Engine | None) -> None:
+        self._take_accumulation_from_accelerator_config()
         self._plan: RunPlan | None = environment.plan()
-        self._engine_config: EngineConfig = choice.engine_config(
-            self.args, plan=self._plan, hidden_size=introspection.hidden_size(model)
-        )
+        self._engine_config: EngineConfig = self._choose_engine(model)
         if self.args.world_size > 1:
             process_group.join(
                 self.args.ranks, device=self.args.device, timeout_s=self.args.ddp_timeout
@@ -99,13 +99,58 @@ class TrainerCore:
         self.is_fsdp_enabled = isinstance(self._engine_config.settings, FsdpSettings)
         self.is_model_parallel = False
 
+    def _choose_engine(self, model: nn.Module | None) -> EngineConfig:
+        return choice.engine_config(
+            self.args, plan=self._plan, hidden_size=introspection.hidden_size(model)
+        )
+
+    def _take_accumulation_from_accelerator_config(self) -> None:
+        config: Any = self.args.accelerator_config
+        steps = (config.gradient_accumulation_kwargs or {}).get("num_steps")
+        if steps is None:
+            return
+        if self.args.gradient_accumulation_steps > 1:
+            raise ValueError(
+                "The `AcceleratorConfig`'s `num_steps` is set but `gradient_accumulation_steps` is "
+                "greater than 1 in the passed `TrainingArguments`; set one of the two"
+            )
+        self.args.gradient_accumulation_steps = steps
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Refused: the engine takes accelerate's place, and is chosen before the model is made."""
+        raise UnsupportedError(
+            "create_accelerator_and_postprocess: bigtrain trains on its engines, without "
+            "accelerate; choose one with `bigtrain launch --engine` or by args.fsdp, args.deepspeed"
+        )
+
+    def get_tp_size(self) -> int:
+        """Ranks that share a layer: one, for data parallelism is the only kind here."""
+        return 1
+
+    def get_cp_size(self) -> int:
+        """Ranks that share a sequence by ring attention: one."""
+        return 1
+
+    def get_sp_size(self) -> int:
+        """Ranks that share a sequence by all-to-all: one."""
+        return 1
+
+    def end(self) -> None:
+        """Let the engine and the process group go. The last call of a script."""
+        self.engine.close()
+        process_group.leave()
+
     def _build_engine(self) -> Engine:
         return build_engine(self._engine_config, world=self.args.ranks, device=self.args.device)
 
     def _use_engine(self, engine: Engine) -> None:
         self.engine = engine
+        config: Any = self.args.accelerator_config
         self.accelerator = Accelerator(
-            engine, ranks=self.args.ranks, mixed_precision=self.args.mixed_precision
+            engine,
+            ranks=self.args.ranks,
+            mixed_precision=self.args.mixed_precision,
+            config=config,
         )
         self._reset_gather()
         self._is_prepared = False
@@ -242,6 +287,12 @@ class TrainerCore:
 
     def _get_output_dir(self, trial: Any = None) -> str:
         return str(self.args.output_dir)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Before a training: where it is a trial of a search, take its values."""
+
+    def _report_to_hp_search(self, trial: Any, step: int, metrics: dict[str, float]) -> None:
+        """After an evaluation: where it is a trial of a search, tell how it does."""
 
     def _output_dir(self) -> Path:
         return Path(str(self.args.output_dir))

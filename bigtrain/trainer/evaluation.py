@@ -193,7 +193,6 @@ class Evaluation(Prediction, Reporting):
         ignore_keys: list[str] | None,
     ) -> dict[str, Any]:
         """Loss, predictions, labels and inputs of one batch of all ranks."""
-        # The whole batch counts as its size, and a short last one is cut by the gather.
         loss, logits, labels = self.prediction_step(
             model, inputs, loss_only, ignore_keys=ignore_keys
         )
@@ -209,13 +208,18 @@ class Evaluation(Prediction, Reporting):
             logits = self.accelerator.pad_across_processes(logits, dim=1, pad_index=_PADDING)
             if self.preprocess_logits_for_metrics is not None:
                 logits = self.preprocess_logits_for_metrics(logits, labels)
-            batch["predictions"] = self.gather_function(logits)
+            batch["predictions"] = self._gather_predictions(logits, inputs)
         if labels is not None:
             batch["labels"] = self.gather_function(labels)
         return batch
 
     def _eval_batch_size(self, inputs: dict[str, Any]) -> int:
-        return self.args.eval_batch_size or find_batch_size(inputs)
+        """Samples of this rank in a batch: of a dataset without a length, the last has fewer."""
+        return find_batch_size(inputs) or self.args.eval_batch_size
+
+    def _gather_predictions(self, predictions: Any, inputs: dict[str, Any]) -> Any:
+        """Predictions of all ranks, one for every sample of a batch."""
+        return self.gather_function(predictions)
 
     def _gather_padded(self, data: Any) -> Any:
         padded = self.accelerator.pad_across_processes(data, dim=1, pad_index=_PADDING)
@@ -297,6 +301,7 @@ class Evaluation(Prediction, Reporting):
     ) -> dict[str, float]:
         """Evaluate in training; a schedule that follows a metric then takes its step."""
         metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        self._report_to_hp_search(trial, self.state.global_step, metrics)
         if self._follows_metric() and not skip_scheduler:
             self.lr_scheduler.step(self._watched_metric(metrics))
         return metrics

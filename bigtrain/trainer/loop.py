@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import (
@@ -27,14 +28,18 @@ from transformers.trainer_utils import (
 
 from bigtrain.trainer import preparation, sharding
 from bigtrain.trainer.evaluation import Evaluation
+from bigtrain.trainer.hub import Hub
+from bigtrain.trainer.hyperparameters import HyperparameterSearch
 from bigtrain.trainer.resume import Resume
 from bigtrain.trainer.schedule import Schedule, make_schedule
 from bigtrain.trainer.stopping import StopRequestedError
 
 logger = logging.getLogger(__name__)
+# What transformers' Trainer says too comes under its name: people look, and filter, there.
+their_logger = transformers.logging.get_logger("transformers.trainer")
 
 
-class Loop(Evaluation, Resume):
+class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
     """How the trainer trains."""
 
     def train(
@@ -50,12 +55,15 @@ class Loop(Evaluation, Resume):
         """
         self._memory_tracker.start()
         self.is_in_train = True
+        self._hp_search_setup(trial)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        if checkpoint is not None and self.args.auto_find_batch_size:
+            self._take_found_batch_size(checkpoint)
         if self.model_init is not None:
             self._start_over(trial)
         preparation.prepare_model(self)
         run = find_executable_batch_size(
-            self._inner_training_loop, self._train_batch_size, self.args.auto_find_batch_size
+            self._train_at_batch_size, self._train_batch_size, self.args.auto_find_batch_size
         )
         with self._stop.listening():
             try:
@@ -70,7 +78,7 @@ class Loop(Evaluation, Resume):
                 self.is_in_train = False
         return output
 
-    def _inner_training_loop(
+    def _train_at_batch_size(
         self,
         batch_size: int,
         checkpoint: Path | None,
@@ -79,12 +87,7 @@ class Loop(Evaluation, Resume):
     ) -> TrainOutput:
         self._train_batch_size = batch_size
         loader = self.get_train_dataloader()
-        schedule = make_schedule(
-            self.args,
-            batches=len(loader) if has_length(loader) else None,
-            num_examples=lambda: self.num_examples(loader),
-            global_batch=self.get_total_train_batch_size(self.args),
-        )
+        schedule = self._make_schedule(self.args, loader)
         self._start_state(schedule, checkpoint, trial)
         checkpoint = self._prepare_training(schedule, loader, checkpoint, trial)
         self._tell_what_runs(schedule)
@@ -99,11 +102,11 @@ class Loop(Evaluation, Resume):
             self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         after_step = self._cadence(trial, ignore_keys_for_eval, start_time)
         for epoch in self._epochs_to_do(schedule, checkpoint):
-            self._run_epoch(epoch, loader, schedule, checkpoint, after_step)
+            self._train_epoch(epoch, loader, schedule, checkpoint, after_step)
             checkpoint = None
             if self.control.should_training_stop:
                 break
-        return self._finalize_training(schedule, start_time)
+        return self._end_training(schedule, start_time)
 
     def _epochs_to_do(self, schedule: Schedule, checkpoint: Path | None) -> range:
         if checkpoint is not None and self.state.global_step >= schedule.max_steps:
@@ -116,7 +119,7 @@ class Loop(Evaluation, Resume):
 
     # ---- An epoch ----
 
-    def _run_epoch(
+    def _train_epoch(
         self,
         epoch: int,
         loader: DataLoader[Any],
@@ -133,7 +136,7 @@ class Loop(Evaluation, Resume):
         elif resumed_from is not None:
             self._load_rng_state(resumed_from)
             resumed_from = None
-        _set_epoch(loader, epoch)
+        sharding.set_epoch(loader, epoch)
         batches = iter(loader)
         last_of_epoch = schedule.steps_per_epoch - 1
         has_batches = windows_done > 0
@@ -217,7 +220,7 @@ class Loop(Evaluation, Resume):
         self, inputs: Any, num_items: Tensor | int | None, *, is_last: bool
     ) -> None:
         self.accelerator.gradient_state._set_sync_gradients(is_last)
-        with self.engine.accumulating(last=is_last):
+        with self.engine.accumulating(last=is_last or self.accelerator.syncs_each_batch):
             loss = self.training_step(self.model_wrapped, inputs, num_items)
         self._add_loss_of_step(loss)
         self._count_work(inputs)
@@ -281,18 +284,33 @@ class Loop(Evaluation, Resume):
 
     # ---- Start and end ----
 
-    def _start_over(self, trial: Any) -> None:
-        """A fresh model from `model_init`, and with it a fresh engine, optimizer and schedule."""
-        preparation.seed(self.args)
-        if self._is_prepared:
-            self.engine.close()
-            self._use_engine(self._build_engine())
-        self._adopt_model(self.call_model_init(trial))
-        self.optimizer, self.lr_scheduler = None, None
-
     def get_total_train_batch_size(self, args: Any) -> int:
         """Samples in one optimizer step over all ranks."""
         return int(self._train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, float, int, int, int]:
+        """Epochs, steps an epoch, examples, samples to train on, samples a step, batches an epoch
+        and steps, as transformers' Trainer answers."""
+        schedule = self._make_schedule(args, dataloader)
+        return (
+            schedule.num_epochs,
+            schedule.steps_per_epoch,
+            schedule.num_examples,
+            schedule.num_train_samples,
+            schedule.global_batch_size,
+            schedule.batches_per_epoch,
+            schedule.max_steps,
+        )
+
+    def _make_schedule(self, args: Any, loader: DataLoader[Any]) -> Schedule:
+        return make_schedule(
+            args,
+            batches=len(loader) if has_length(loader) else None,
+            num_examples=lambda: self.num_examples(loader),
+            global_batch=self.get_total_train_batch_size(args),
+        )
 
     def _start_state(self, schedule: Schedule, checkpoint: Path | None, trial: Any) -> None:
         self.state = self._new_state()
@@ -327,7 +345,7 @@ class Loop(Evaluation, Resume):
         self.callback_handler.train_dataloader = loader
         return checkpoint
 
-    def _finalize_training(self, schedule: Schedule, start_time: float) -> TrainOutput:
+    def _end_training(self, schedule: Schedule, start_time: float) -> TrainOutput:
         self._total_loss_scalar += self._tr_loss.item()
         steps = self.state.global_step - self._initial_global_step
         train_loss = self._total_loss_scalar / max(steps, 0.001)
@@ -345,6 +363,7 @@ class Loop(Evaluation, Resume):
         self._finish_save()
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
+        self._keep_only_best()
         self._fire("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)
 
@@ -358,6 +377,9 @@ class Loop(Evaluation, Resume):
         raise SystemExit(stop.exit_code)
 
     def _tell_what_runs(self, schedule: Schedule) -> None:
+        their_logger.info("***** Running training *****")
+        their_logger.info("  Num examples = %s", f"{schedule.num_examples:,}")
+        their_logger.info("  Total optimization steps = %s", f"{schedule.max_steps:,}")
         logger.info(
             "training %d steps of %d samples on engine %s (%d examples, %d steps an epoch)",
             schedule.max_steps,
@@ -376,14 +398,3 @@ class Loop(Evaluation, Resume):
             self.state.max_steps,
         )
         self.control.should_training_stop = True
-
-
-def _set_epoch(loader: Any, epoch: int) -> None:
-    """Tell the epoch to whatever orders the samples, however deep it is wrapped."""
-    target: Any = loader
-    while target is not None:
-        for one in (target, getattr(target, "sampler", None)):
-            set_epoch = getattr(one, "set_epoch", None)
-            if set_epoch is not None:
-                set_epoch(epoch)
-        target = getattr(target, "batch_sampler", None)

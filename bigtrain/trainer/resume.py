@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerState
-from transformers.trainer_callback import TrainerControl
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import (
     _is_peft_model,
@@ -29,7 +28,7 @@ from transformers.trainer_utils import (
 
 from bigtrain.checkpoint.agreement import attempt
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
-from bigtrain.checkpoint.foreign import is_foreign
+from bigtrain.checkpoint.foreign import has_been_split, is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.errors import CheckpointError
@@ -165,32 +164,14 @@ class Resume(Saving):
         self.state.compute_steps(self.args, max_steps)
         self._load_callback_state()
 
-    def _load_callback_state(self) -> None:
-        """Callbacks as they were, when `restore_callback_states_from_checkpoint` asks for it."""
-        if not self.args.restore_callback_states_from_checkpoint:
+    def _take_found_batch_size(self, checkpoint: Path) -> None:
+        """Start at the batch size that `auto_find_batch_size` has found before."""
+        path = checkpoint / TRAINER_STATE_FILE
+        if not path.is_file():
             return
-        missing = []
-        present = [*self.callback_handler.callbacks, self.control]
-        states_of: Any = self.state.stateful_callbacks
-        for name, saved in states_of.items():
-            matching = [one for one in present if one.__class__.__name__ == name]
-            if not matching:
-                missing.append(name)
-            states = saved if isinstance(saved, list) else [saved]
-            for callback, state in zip(matching, states, strict=False):
-                self._restore_callback(callback, state)
-        if missing:
-            logger.warning("the checkpoint has states of callbacks that are not here: %s", missing)
-
-    def _restore_callback(self, callback: Any, state: dict[str, Any]) -> None:
-        restored = type(callback)(**state.get("args", {}))
-        for name, value in state.get("attributes", {}).items():
-            setattr(restored, name, value)
-        if isinstance(callback, TrainerControl):
-            self.control = restored
-            return
-        self.callback_handler.remove_callback(callback)
-        self.callback_handler.add_callback(restored)
+        found = TrainerState.load_from_json(str(path)).train_batch_size
+        if found is not None:
+            self._train_batch_size = found
 
     def _load_newest(self, checkpoint: Path, *, start_over: Callable[[Path], None]) -> Path:
         """Load `checkpoint`, or an older one where that turns out to be damaged and any will do;
@@ -392,7 +373,7 @@ def _is_deepspeed(scheduler: dict[str, Any]) -> bool:
 
 
 def _is_ours(directory: Path) -> bool:
-    return (directory / MANIFEST).is_file()
+    return (directory / MANIFEST).is_file() and not has_been_split(directory)
 
 
 def _is_transformers(directory: Path) -> bool:

@@ -28,7 +28,7 @@ from bigtrain.checkpoint.save import InFlight, Saver, SaveRequest
 from bigtrain.checkpoint.staging import rotate
 from bigtrain.errors import CheckpointError, UnsupportedError
 from bigtrain.trainer import collectives, rng
-from bigtrain.trainer.core import TrainerCore
+from bigtrain.trainer.callback_states import CallbackStates
 from bigtrain.trainer.reporting import Reporting
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ SAFETENSORS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 
 
-class Saving(Reporting, TrainerCore):
+class Saving(Reporting, CallbackStates):
     """What the trainer writes."""
 
     _run_id: str | None = None
@@ -275,20 +275,6 @@ class Saving(Reporting, TrainerCore):
             relative = Path(self._get_output_dir()) / best.name
             self.state.best_model_checkpoint = str(relative)
 
-    def _remember_callbacks(self) -> None:
-        """Callbacks' states of now, in the state that is saved."""
-        states: dict[str, Any] = {}
-        for callback in self._stateful_callbacks():
-            name = callback.__class__.__name__
-            if name not in states:
-                states[name] = callback.state()
-            elif isinstance(states[name], list):
-                states[name].append(callback.state())
-            else:
-                states[name] = [states[name], callback.state()]
-        state: Any = self.state
-        state.stateful_callbacks = states
-
     def _rotate(self, output_dir: Path, *, newest: Path) -> None:
         keep = self.args.save_total_limit
         if keep is None or keep <= 0 or not self.args.should_save:
@@ -302,6 +288,20 @@ class Saving(Reporting, TrainerCore):
             rotate(output_dir, run_id=self._run(), keep=keep, protect=protect)
         except OSError as error:
             logger.warning("older checkpoints in %s could not be removed: %s", output_dir, error)
+
+    def _keep_only_best(self) -> None:
+        """As in transformers: at the end, a limit of one leaves the best alone."""
+        best = self.state.best_model_checkpoint
+        if self.args.save_total_limit != 1 or best is None or not self.args.should_save:
+            return
+        protect = {Path(best).absolute()}
+        rotate(
+            Path(best).absolute().parent,
+            run_id=self._run(),
+            keep=1,
+            protect=protect,
+            spare_newest=False,
+        )
 
     def _check_saving(self) -> None:
         """Refuse at construction what would fail at the first save."""

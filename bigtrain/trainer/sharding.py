@@ -7,6 +7,7 @@ A loader yields batches one late: it knows the last one as such, and so do metri
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def shard(
     if config.use_seedable_sampler:
         _make_seedable(loader, data_seed)
     if isinstance(loader.dataset, IterableDataset):
-        return DataLoaderShard(
+        return _IterableLoader(
             _shard_iterable(loader, ranks, config),
             batch_size=_iterable_batch_size(loader, ranks, config),
             drop_last=loader.drop_last,
@@ -83,11 +84,21 @@ def skip_batches(loader: Any, count: int) -> Any:
         common = {"batch_sampler": SkipBatchSampler(loader.batch_sampler, skip_batches=count)}
     common |= {name: getattr(loader, name) for name in _KEPT}
     if isinstance(loader, DataLoaderShard):
-        return DataLoaderShard(
-            loader.dataset, device=loader.device, iteration=loader.iteration, **common
-        )
+        kind = _IterableLoader if "skip_batches" in common else DataLoaderShard
+        return kind(loader.dataset, device=loader.device, iteration=loader.iteration, **common)
     skipping = DataLoader(loader.dataset, **common)
     return _without_first(skipping, count) if "batch_size" in common else skipping
+
+
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the epoch to whatever orders the samples, however deep it is wrapped."""
+    target: Any = loader
+    while target is not None:
+        for one in (target, getattr(target, "sampler", None)):
+            set_epoch = getattr(one, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+        target = getattr(target, "batch_sampler", None)
 
 
 def _common(
@@ -124,7 +135,7 @@ def _shard_iterable(
     # Every rank reads all of it and keeps its share. A shard of files each would be less to read,
     # but of unequal lengths, and then ranks would wait for each other forever.
     return IterableDatasetShard(  # type: ignore[no-any-return]
-        dataset,
+        _Counted(dataset),
         batch_size=loader.batch_size,
         drop_last=loader.drop_last,
         num_processes=ranks.world_size,
@@ -139,6 +150,41 @@ def _iterable_batch_size(
     if config.split_batches and loader.batch_size is not None:
         return loader.batch_size // ranks.world_size
     return loader.batch_size
+
+
+class _Counted(IterableDataset[Any]):
+    """A dataset that knows how many samples it has given since its start."""
+
+    def __init__(self, dataset: IterableDataset[Any]) -> None:
+        self.dataset = dataset
+        self.count = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count = 0
+        for sample in self.dataset:
+            self.count += 1
+            yield sample
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]  # TypeError where it has none
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "dataset":
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class _IterableLoader(DataLoaderShard):
+    """Of a dataset without a length, which shows at its end how many of the last samples count."""
+
+    def _update_state_dict(self) -> None:
+        # accelerate calls it before it gives a batch, and by then knows whether it is the last.
+        super()._update_state_dict()
+        shard: Any = self.dataset
+        counted = getattr(shard, "dataset", None)
+        if self.end_of_dataloader and isinstance(counted, _Counted) and counted.count:
+            ranks = 1 if shard.split_batches else shard.num_processes
+            self.remainder = counted.count % (shard.batch_size * ranks)
 
 
 class _without_first:  # noqa: N801 (it reads as the call that it is)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +40,8 @@ class Trainer(Loop):
     made by it (`engine.construct`); else the run's plan says which engine, or the arguments do.
     """
 
+    _args_class = TrainingArguments
+
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -61,8 +64,8 @@ class Trainer(Loop):
         if tokenizer is not None:
             raise TypeError("Trainer takes no `tokenizer`: give it as `processing_class`")
         if args is None:
-            args = TrainingArguments(output_dir=_DEFAULT_OUTPUT_DIR)
-        self.args = choice.adopt(args)
+            args = self._args_class(output_dir=_DEFAULT_OUTPUT_DIR)
+        self.args = choice.adopt(args, self._args_class)
         preparation.seed(self.args)
         self._memory_tracker = self._new_memory_tracker()
         self._memory_tracker.start()
@@ -113,12 +116,18 @@ class Trainer(Loop):
             return None
         config = getattr(self.model, "config", None)
         if getattr(config, "problem_type", None) == "multi_label_classification":
-            logger.warning("label smoothing does not fit several labels a sample: it is off")
+            warnings.warn(
+                "Label smoothing is not compatible with multi-label classification. Disabling "
+                "label smoothing for this training run.",
+                UserWarning,
+                stacklevel=3,
+            )
             return None
         return LabelSmoother(epsilon=factor)
 
     def _validate_args(self) -> None:
         """Refuse now what could only fail later."""
+        self._tell_overrides_without_effect()
         self._check_metrics()
         self._check_optimizers()
         self._check_datasets()
@@ -134,6 +143,20 @@ class Trainer(Loop):
             raise UnsupportedError(
                 "use_ipex: bigtrain does not drive Intel's extension; leave it out, and use bf16: "
                 "true: PyTorch has Intel's kernels itself"
+            )
+
+    def _tell_overrides_without_effect(self) -> None:
+        """A method of transformers' Trainer that this loop has no call for would be overridden in
+        vain."""
+        theirs = vars(transformers.Trainer)
+        mine = type(self)
+        vain = [name for name in theirs if hasattr(mine, name) and not hasattr(Trainer, name)]
+        if vain:
+            warnings.warn(
+                f"{mine.__name__} overrides {', '.join(vain)}, which bigtrain's loop never calls; "
+                "docs/arguments.md lists the methods that it does",
+                UserWarning,
+                stacklevel=4,
             )
 
     def _check_metrics(self) -> None:

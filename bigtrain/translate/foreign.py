@@ -78,18 +78,25 @@ def faults(values: Mapping[str, Any], *, engine: EngineName) -> Iterator[tuple[s
         given = given_json.read(values["deepspeed"], "deepspeed")
         for why in given_json.faults(given, values):
             yield "deepspeed", why
-    yield from _accelerator_faults(values.get("accelerator_config"))
+    yield from _accelerator_faults(values.get("accelerator_config"), engine=engine)
 
 
-# What accelerate would do with these, the loop does in its own way or not at all.
-_ACCELERATOR_UNREAD = ("dispatch_batches", "gradient_accumulation_kwargs", "use_configured_state")
+# What accelerate would do with these, the loop does in its own way or not at all: one process has
+# nobody to dispatch to, and sharded engines reduce gradients as their own settings say.
+_ACCELERATOR_UNREAD: Mapping[str, tuple[str, ...]] = {
+    "dispatch_batches": ("ddp", "fsdp", "zero1", "zero2", "zero3"),
+    "gradient_accumulation_kwargs": ("fsdp", "zero1", "zero2", "zero3"),
+    "use_configured_state": ("single", "ddp", "fsdp", "zero1", "zero2", "zero3"),
+}
 
 
-def _accelerator_faults(config: Any) -> Iterator[tuple[str, str]]:
+def _accelerator_faults(config: Any, *, engine: EngineName) -> Iterator[tuple[str, str]]:
     """`config`: a mapping, JSON text, a file's path, or accelerate's own object."""
     if isinstance(config, str):
         config = given_json.read(config, "accelerator_config")
-    for key in _ACCELERATOR_UNREAD:
+    for key, engines in _ACCELERATOR_UNREAD.items():
+        if engine not in engines:
+            continue
         is_mapping = isinstance(config, Mapping)
         value = config.get(key) if is_mapping else getattr(config, key, None)
         if value:

@@ -1,0 +1,137 @@
+"""Every name of transformers' Trainer has its decision: there with the same parameters, or not."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from bigtrain.errors import UnsupportedError
+from bigtrain.trainer.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from bigtrain.trainer.trainer import Trainer
+from tests.trainer.samples import Points, Regression, arguments, trainer
+
+# Steps of transformers' own loop, around accelerate's and DeepSpeed's objects, that this loop does
+# not have. Overriding one is said at construction to have no effect.
+NOT_IN_OUR_LOOP = {
+    "_build_accelerator_args",
+    "_clip_grad_norm",
+    "_defer_fsdp_gradient_reduction",
+    "_finalize_training",
+    "_finish_current_push",
+    "_get_grad_norm",
+    "_has_mixed_mesh_grads",
+    "_init_training_state",
+    "_inner_training_loop",
+    "_issue_warnings_after_load",
+    "_load_optimizer_and_scheduler",
+    "_load_scaler",
+    "_mixed_mesh_grad_norm",
+    "_prepare_context_parallel_inputs",
+    "_prepare_for_training",
+    "_push_from_checkpoint",
+    "_run_epoch",
+    "_save_optimizer_and_scheduler",
+    "_save_rng_state",
+    "_save_scaler",
+    "_sync_replicated_trainable_parameters",
+    "_update_auto_batch_size",
+    "_wrap_model",
+}
+NAMES = sorted(
+    name
+    for name, value in vars(transformers.Trainer).items()
+    if not name.startswith("__") and name != "loss_is_scaled_for_ga" and value is not None
+)
+
+
+def parameters(method: Callable[..., Any]) -> list[tuple[str, Any]]:
+    found = inspect.signature(method).parameters.values()
+    return [(parameter.name, parameter.default) for parameter in found]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_is_there_with_the_same_parameters_or_is_decided_against(name: str) -> None:
+    if name in NOT_IN_OUR_LOOP:
+        assert not hasattr(Trainer, name)
+    else:
+        theirs = parameters(getattr(transformers.Trainer, name))
+        assert [p for p, _ in parameters(getattr(Trainer, name))] == [p for p, _ in theirs]
+
+
+def test_public_names_are_all_there() -> None:
+    public = [name for name in dir(transformers.Trainer) if not name.startswith("_")]
+    assert [name for name in public if not hasattr(Trainer, name)] == []
+    assert set(NAMES) >= NOT_IN_OUR_LOOP
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (Trainer, transformers.Trainer),
+        (Seq2SeqTrainer, transformers.Seq2SeqTrainer),
+    ],
+)
+def test_constructors_and_overrides_take_what_transformers_take(ours: Any, theirs: Any) -> None:
+    for name, method in vars(theirs).items():
+        if inspect.isfunction(method) and name not in NOT_IN_OUR_LOOP:
+            expected = [p for p, _ in parameters(method)]
+            assert [p for p, _ in parameters(getattr(ours, name))][: len(expected)] == expected
+
+
+def test_seq2seq_arguments_have_the_same_fields() -> None:
+    theirs = transformers.Seq2SeqTrainingArguments.__dataclass_fields__
+    ours = Seq2SeqTrainingArguments.__dataclass_fields__
+    assert set(theirs) <= set(ours)
+    assert {n: f.default for n, f in theirs.items()}.items() <= {
+        n: f.default for n, f in ours.items()
+    }.items()
+
+
+def test_an_override_that_is_never_called_is_said_at_construction(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def _wrap_model(self, model: Any) -> Any:
+            return model
+
+    with pytest.warns(UserWarning, match=r"Own overrides _wrap_model, which .* never calls"):
+        Own(model=Regression(), args=arguments(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["push_to_hub", "init_hf_repo"])
+def test_uploads_are_refused_with_what_to_do_instead(tmp_path: Path, name: str) -> None:
+    run = trainer(tmp_path, model=Regression(), data=Points(4))
+    with pytest.raises(UnsupportedError, match=f"{name}: .*hf upload"):
+        getattr(run, name)()
+
+
+def test_a_model_card_tells_of_the_training(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2)
+    run.train()
+    run.create_model_card(model_name="small", tags=["toy"])
+    card = (tmp_path / "README.md").read_text()
+    assert "learning_rate: 0.01" in card and "- toy" in card
+
+
+def test_accelerate_has_no_say(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=Regression(), data=Points(4))
+    with pytest.raises(UnsupportedError, match="bigtrain launch --engine"):
+        run.create_accelerator_and_postprocess()
+
+
+def test_set_initial_training_values_answers_as_transformers_does(tmp_path: Path) -> None:
+    fields = {"gradient_accumulation_steps": 3, "num_train_epochs": 2.5}
+    answers = []
+    for kind, args_kind in (
+        (Trainer, None),
+        (transformers.Trainer, transformers.TrainingArguments),
+    ):
+        changed = fields | ({} if args_kind is None else {"kind": args_kind})
+        run = kind(
+            model=Regression(), args=arguments(tmp_path, **changed), train_dataset=Points(22)
+        )
+        answers.append(run.set_initial_training_values(run.args, run.get_train_dataloader()))
+    assert answers[0] == answers[1]
