@@ -62,11 +62,12 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
             "help": "Save weights as safetensors; false: as torch.save does (pytorch_model.bin)."
         },
     )
-    async_save: bool = field(
-        default=True,
+    async_save: bool | None = field(
+        default=None,
         metadata={
             "help": "Write checkpoints in the background: training waits only until its state is "
-            "copied to memory."
+            "copied to memory, and on_save comes some steps later. Default: under bigtrain's "
+            "launcher."
         },
     )
     on_save_failure: str = field(

@@ -200,7 +200,7 @@ class Saving(Reporting, CallbackStates):
 
     def _open_saver(self) -> Saver:
         if self._saver is None:
-            self._saver = Saver(self.args.ranks, in_background=self.args.async_save)
+            self._saver = Saver(self.args.ranks, in_background=self._saves_in_background())
         return self._saver
 
     def _close_saver(self) -> None:
@@ -209,9 +209,14 @@ class Saving(Reporting, CallbackStates):
             self._saver.close()
         self._saver = None
 
+    def _saves_in_background(self) -> bool:
+        # A script without the launcher is used to events in transformers' order.
+        asked = self.args.async_save
+        return self._plan is not None if asked is None else bool(asked)
+
     def _may_save_later(self) -> bool:
         """Not where an override or callback takes the files to be there when it has saved."""
-        if not self.args.async_save or not self.is_in_train:
+        if not self._saves_in_background() or not self.is_in_train:
             return False
         reason = None
         if self._overrides_saving():

@@ -130,7 +130,7 @@ def told(world: RankInfo, folder: Path, changed: dict[str, Any]) -> list[tuple[i
 def test_callbacks_are_told_of_every_save_once_it_is_committed(
     tmp_path: Path, world_size: int, later: bool
 ) -> None:
-    changed = {"async_save": later, "fsdp": "full_shard"} if world_size > 1 else {}
+    changed = {"async_save": later} | ({"fsdp": "full_shard"} if world_size > 1 else {})
     for seen in harness.run_ranks(world_size, told, tmp_path, changed):
         assert seen == [(3, True), (6, True), (9, True)]
 
@@ -164,7 +164,7 @@ def test_a_save_that_fails_in_the_background_stops_or_is_said(
                 run._saver._writer._process.kill()  # type: ignore[union-attr]
                 run._saver._writer._process.wait()  # type: ignore[union-attr]
 
-    run = run_of(tmp_path, callbacks=[TakeAway()], on_save_failure=policy)
+    run = run_of(tmp_path, callbacks=[TakeAway()], on_save_failure=policy, async_save=True)
     message = "the process that writes checkpoints was killed by SIGKILL"
     if policy == "stop":
         with pytest.raises(CheckpointError, match=message):
