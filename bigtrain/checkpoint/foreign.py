@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigtrain.checkpoint.find import require_checkpoint
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
 from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
@@ -26,7 +27,7 @@ from bigtrain.checkpoint.formats.safetensors import read_safetensors
 from bigtrain.checkpoint.formats.torch_state_dict import read_state_dict, state_dict_files
 from bigtrain.checkpoint.formats.transformers_dir import Names, read_optimizer, weight_files
 from bigtrain.checkpoint.index import TensorIndex, merge
-from bigtrain.checkpoint.manifest import Progress
+from bigtrain.checkpoint.manifest import MANIFEST, Progress
 from bigtrain.checkpoint.records import read_dcp_items, torch_file_records
 from bigtrain.checkpoint.torch_file import Archive
 from bigtrain.checkpoint.witness import RecordSource, no_records
@@ -84,6 +85,14 @@ def has_been_split(path: Path) -> bool:
     no longer describes them, and the checkpoint is read as transformers'."""
     has_index = (path / "model.safetensors.index.json").is_file()
     return has_index and not (path / "model.safetensors").is_file()
+
+
+def require_training_state(path: Path) -> Path:
+    """`path`, where training can go on from it, whoever wrote it; else an error that says what is
+    there instead."""
+    if path.is_dir() and not (path / MANIFEST).is_file() and is_foreign(path):
+        return path
+    return require_checkpoint(path)
 
 
 def read_foreign(path: Path, *, names: Names | None = None) -> ForeignCheckpoint:

@@ -68,10 +68,10 @@ def resume(asked: str | None, training: Mapping[str, Any], working_dir: Path) ->
         return "never"
     if said in ("auto", "never", "script"):
         return str(said)
-    from bigtrain.checkpoint.find import require_checkpoint
+    from bigtrain.checkpoint.foreign import require_training_state
 
     path = (working_dir / Path(str(said)).expanduser()).resolve()
     if not path.exists() and (hint := did_you_mean(str(said), ("auto", "never"))):
         raise ConfigError(f"resume: there is no {said!r} here{hint}")
-    require_checkpoint(path)
+    require_training_state(path)
     return str(path)
