@@ -26,7 +26,8 @@ import typer
 
 from bigtrain.cluster import environment as rank_environment
 from bigtrain.cluster import local, nodes
-from bigtrain.cluster.rendezvous import Seat
+from bigtrain.cluster.rendezvous import RefusedError, Seat
+from bigtrain.cluster.rendezvous_address import is_own
 from bigtrain.cluster_flags import ClusterFlags
 from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
@@ -39,6 +40,8 @@ from bigtrain.planning.output_dir import plan_path
 from bigtrain.slurm import identity
 
 _RUN_FILES = (".yaml", ".yml")
+# torch warns of every peer whose address has no name.
+_QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 _ELASTIC_RESTARTS = 3
 """How often the ranks start anew when machines come or go, unless --max-restarts says."""
 
@@ -245,15 +248,16 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool
         made = dataclasses.replace(made, resume="auto")
     if launch.dry_run:
         return _show(made, local.describe(made), launch)
-    return nodes.launch(
-        made,
-        plan_path(made),
-        seat=dataclasses.replace(
-            seat, interface=made.interface, deadline_s=float(made.join_timeout_s)
-        ),
-        console=open_console(as_json=launch.as_json),
-        inherited=launch.environment,
+    seat = dataclasses.replace(
+        seat, interface=made.interface, deadline_s=float(made.join_timeout_s)
     )
+    console = open_console(as_json=launch.as_json)
+    try:
+        return nodes.launch(
+            made, plan_path(made), seat=seat, console=console, inherited=launch.environment
+        )
+    except RefusedError as error:
+        return error.exit_code  # the first node has said why
 
 
 def _endpoint(text: str) -> tuple[str, int]:
@@ -269,7 +273,8 @@ def _endpoint(text: str) -> tuple[str, int]:
 def _as_rank_of_step(launch: Launch) -> NoReturn:
     """This very process becomes the rank: Slurm's variables say which one."""
     _refuse_script(launch, "start one task per node (srun --ntasks-per-node=1), which forks them")
-    _become([sys.executable, "-m", "bigtrain.worker", *_words(launch)], launch.environment)
+    command = [sys.executable, "-m", "bigtrain.worker", *_words(launch)]
+    _become(command, {**_QUIET, **launch.environment})
 
 
 def _elastic(launch: Launch) -> NoReturn:
@@ -285,15 +290,18 @@ def _elastic(launch: Launch) -> NoReturn:
     if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
         raise ConfigError(f"flag --nodes: {where.nodes!r} is not a range of numbers, as in 2:4")
     _refuse_script(launch, "use torchrun itself for a script of your own")
+    host, _ = _endpoint(where.rdzv_endpoint)
     made = launch.plan(_nodes(int(low), "flag --nodes"))
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--nnodes", str(where.nodes)),
         *("--nproc-per-node", str(made.topology.procs_per_node)),
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", where.rdzv_endpoint),
+        # torch goes by the host name, which need not lead to the address of the endpoint.
+        *("--rdzv-conf", f"is_host={int(is_own(host))}"),
         *("--rdzv-id", made.name, "--max-restarts", str(made.max_restarts or _ELASTIC_RESTARTS)),
         *("-m", "bigtrain.worker", *_words(launch)),
     ]
-    _become(command, rank_environment.for_node(made, inherited=launch.environment))
+    _become(command, {**_QUIET, **rank_environment.for_node(made, inherited=launch.environment)})
 
 
 def _refuse_script(launch: Launch, advice: str) -> None:

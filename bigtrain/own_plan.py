@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import atexit
 import os
+import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from bigtrain.cluster.layout import NodeLogs
 from bigtrain.layers import Override, parse_assignment
 from bigtrain.plan import RunPlan, write_plan
 from bigtrain.planning import Request, Surroundings, make_plan
@@ -37,6 +39,16 @@ def own_plan(
     request = Request(target=flags.run_file, overrides=tuple(overrides), resume=flags.resume)
     return make_plan(
         request, Surroundings(environment=environment, working_dir=Path.cwd(), world=world)
+    )
+
+
+def own_logs(plan: RunPlan, *, world: RankInfo) -> NodeLogs:
+    """Where this rank's log goes: the same place as under bigtrain's agent."""
+    return NodeLogs.of(
+        output_dir=plan.output_dir,
+        attempt=plan.attempt,
+        node_rank=world.node_rank,
+        host=platform.node(),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from pathlib import Path
 
 import transformers
 
@@ -18,6 +19,7 @@ from bigtrain.topology import RankInfo
 
 # Loggers whose INFO and below tells a user nothing to act on.
 _QUIET = ("DeepSpeed", "deepspeed", "torch.distributed", "httpx", "fsspec", "filelock")
+_DATED = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def set_up(world: RankInfo, *, has_agent: bool) -> None:
@@ -37,6 +39,14 @@ def set_up(world: RankInfo, *, has_agent: bool) -> None:
         _hush()
 
 
+def keep(path: Path) -> None:
+    """Write bigtrain's records to a file as well, as an agent would have done."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_DATED))
+    _add(logging.getLogger("bigtrain"), handler)
+
+
 def _add(logger: logging.Logger, handler: logging.Handler) -> None:
     handler.is_bigtrain = True  # type: ignore[attr-defined]
     logger.addHandler(handler)
@@ -46,7 +56,7 @@ def _stream_handler(world: RankInfo, *, level: int, has_agent: bool) -> logging.
     handler = logging.StreamHandler(sys.stderr)
     handler.setLevel(level)
     where = "" if has_agent or world.is_main else f"[{world.node_rank}:{world.rank}] "
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s" if has_agent else "%(message)s"
+    form = _DATED if has_agent else "%(message)s"
     handler.setFormatter(logging.Formatter(where + form))
     return handler
 

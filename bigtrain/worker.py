@@ -23,7 +23,7 @@ from transformers import default_data_collator
 
 from bigtrain import rank_logging
 from bigtrain.checkpoint.agreement import attempt
-from bigtrain.cluster.environment import flight_recorder
+from bigtrain.cluster.environment import LOG_DIR_VARIABLE, flight_recorder
 from bigtrain.data.dataset import PadBatch
 from bigtrain.data.prepare import PreparedData, prepare
 from bigtrain.device import choose_device
@@ -62,9 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if plan is not None:
         run(plan, world=world)
         return 0
-    from bigtrain.own_plan import own_plan  # an agent's ranks need no planning: not imported
+    # An agent's ranks need no planning: not imported.
+    from bigtrain.own_plan import own_logs, own_plan
 
     plan = own_plan(sys.argv[1:] if argv is None else argv, world=world, environment=os.environ)
+    logs = own_logs(plan, world=world)
+    rank_logging.keep(logs.rank(world.rank))
+    os.environ.setdefault(LOG_DIR_VARIABLE, str(logs.directory))
     run(plan, world=world, is_own=True)
     return 0
 
@@ -78,8 +82,10 @@ def run(plan: RunPlan, *, world: RankInfo, is_own: bool = False) -> None:
     os.environ.setdefault("DS_ACCELERATOR", plan.device)
     device = choose_device(plan.device, world=world)
     parts = _prepare(plan, world)
+    meeting = None
     if world.world_size > 1:
         _keep_flight_record(plan)
+        meeting = _meet(plan, world)
         process_group.join(world, device=device, timeout_s=parts.args.ddp_timeout)
     if is_own:
         from bigtrain.own_plan import record
@@ -92,8 +98,20 @@ def run(plan: RunPlan, *, world: RankInfo, is_own: bool = False) -> None:
     # order would wait for them. The launcher ends them; the exit handler of `join` does the rest.
     engine.close()
     process_group.leave()
+    del meeting  # rank 0's store has served until now
     if world.is_main:
         _report(plan, parts, losses)
+
+
+def _meet(plan: RunPlan, world: RankInfo) -> Any:
+    """Ranks that srun started one by one find each other; other launchers have said where."""
+    if world.source != "slurm" or "MASTER_ADDR" in os.environ:
+        return None
+    from bigtrain.slurm import ranks
+
+    meeting = ranks.meet(plan, environment=os.environ)
+    os.environ.update(meeting.variables)
+    return meeting
 
 
 def _prepare(plan: RunPlan, world: RankInfo) -> _Parts:

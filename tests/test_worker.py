@@ -160,6 +160,12 @@ def test_the_launcher_torchrun_and_one_process_alone_train_alike(run_file: Path)
     plans = list((run_file.parent / "torchrun" / "plans").iterdir())
     assert [path.name for path in plans] == ["attempt-01.json"]
     assert json.loads(plans[0].read_text())["topology"]["procs_per_node"] == 2
+    # And their logs lie where the launcher's do.
+    logs = [
+        sorted(path.name for path in (run_file.parent / way).glob("logs/attempt-01/*/rank-*.log"))
+        for way in ("launched", "torchrun")
+    ]
+    assert logs[0] == logs[1] == ["rank-00000.log", "rank-00001.log"]
 
 
 def test_a_run_goes_on_from_its_newest_checkpoint_to_the_same_weights(run_file: Path) -> None:

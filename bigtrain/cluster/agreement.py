@@ -21,7 +21,7 @@ from bigtrain.plan import RunPlan
 
 _PACKAGES = ("bigtrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy")
 # Differ between nodes by right, or are decided when the nodes have met.
-_FREE_FIELDS = frozenset({"attempt", "resume", "origins", "threads_per_rank"})
+_FREE_FIELDS = frozenset({"attempt", "run_id", "resume", "origins", "threads_per_rank"})
 _CLOCKS_WITHIN_S = 5.0
 _MOST_NODES = 16
 """Beyond these, a table only counts."""
@@ -32,19 +32,32 @@ def node_facts(
 ) -> dict[str, Any]:
     """What this node says of itself. `gpus`: the names of those that the task may use."""
     return {
-        "versions": {"python": platform.python_version(), **_versions()},
-        "plan": _field_hashes(plan),
+        **software_facts(plan),
         "gpus": list(gpus),
         "cores": cores,
         "sees_output": sees_output,
     }
 
 
+def software_facts(plan: RunPlan) -> dict[str, Any]:
+    """The part of it that is the same for all processes of a node."""
+    return {
+        "versions": {"python": platform.python_version(), **_versions()},
+        "plan": _field_hashes(plan),
+    }
+
+
+def compare_software(members: Sequence[Member]) -> None:
+    """LaunchError where the versions or the plans differ."""
+    faults = _software_differences(members)
+    if faults:
+        raise LaunchError("\n".join(["the ranks can't train together:", *faults]))
+
+
 def compare(members: Sequence[Member], plan: RunPlan) -> list[str]:
     """Differences that don't forbid the run, in words. LaunchError with all those that do."""
     faults = [
-        *_differences("versions", members, "install the same everywhere"),
-        *_differences("plan", members, "start all nodes with the same run file and flags"),
+        *_software_differences(members),
         *_missing_gpus(members, plan),
         *_unshared_storage(members, plan),
     ]
@@ -77,6 +90,13 @@ def _field_hashes(plan: RunPlan) -> dict[str, str]:
         for name, value in fields.items()
         if name not in _FREE_FIELDS
     }
+
+
+def _software_differences(members: Sequence[Member]) -> list[str]:
+    return [
+        *_differences("versions", members, "install the same everywhere"),
+        *_differences("plan", members, "start all nodes with the same run file and flags"),
+    ]
 
 
 def _differences(fact: str, members: Sequence[Member], advice: str) -> list[str]:

@@ -52,6 +52,12 @@ class Verdict:
 
     code: int
     cause: str | None
+    lost: tuple[str, ...] = ()
+    """Names of nodes that vanished."""
+
+    @classmethod
+    def from_message(cls, message: Mapping[str, Any]) -> Verdict:
+        return cls(**{**message, "lost": tuple(message["lost"])})
 
 
 def judge(endings: Mapping[int, Ending], lost: Mapping[int, str]) -> Verdict:
@@ -61,9 +67,9 @@ def judge(endings: Mapping[int, Ending], lost: Mapping[int, str]) -> Verdict:
     consequence. Else the first failure counts; else the wish to be run again; else any code.
     """
     if lost:
-        names = ", ".join(lost[rank] for rank in sorted(lost))
-        text = f"{names} vanished: the machine, its network or its agent is gone"
-        return Verdict(code=EXIT_AGAIN, cause=text)
+        names = tuple(lost[rank] for rank in sorted(lost))
+        text = f"{', '.join(names)} vanished: the machine, its network or its agent is gone"
+        return Verdict(code=EXIT_AGAIN, cause=text, lost=names)
     failed = [ending for ending in endings.values() if ending.failure is not None]
     if failed:
         first = min(failed, key=lambda ending: (not ending.from_outside, ending.time))
@@ -199,7 +205,7 @@ class Lifeline:
             self._end_all(tell_self=True, but=rank)
         elif "leave" in message:
             with self._changed:
-                self._verdict = Verdict(**message["leave"])
+                self._verdict = Verdict.from_message(message["leave"])
                 self._changed.notify_all()
         elif "left" in message:
             ending = Ending(**message["left"])

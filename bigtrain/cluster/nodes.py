@@ -28,6 +28,8 @@ from bigtrain.errors import ConfigError, LaunchError
 from bigtrain.plan import RunPlan, read_plan, write_plan
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_DECIDED = ("attempt", "run_id", "resume")
+"""Fields of the plan that the first node decides on for all."""
 _GPU_RECORDS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -46,7 +48,8 @@ def launch(
     Every node calls it in its main thread, with the plan as it was made, and where that lies or is
     to lie. `again`: the same run was started before, so this is a new attempt that goes on from
     the last checkpoint. `record` is called on the first node with the run's end, before any node
-    leaves. LaunchError, on all nodes, when they can't start together.
+    leaves; where the first node is lost, on those that are left. LaunchError, on all nodes, when
+    they can't start together.
     """
     if plan.max_restarts:
         raise ConfigError(
@@ -70,6 +73,8 @@ def launch(
         )
         signals.then(agent.lifeline.hurry)
         code = agent.run()
+    if agent.lifeline.has_lost_head and agent.verdict is not None:
+        record(agent.verdict)
     if seat.node_rank == 0 or agent.lifeline.has_lost_head:
         _tell(agent.verdict, console)
         console.end(ending.summary(attempt_plan, exit_code=code))
@@ -111,7 +116,8 @@ def _meet(plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again
         for note in agreement.compare(members, plan):
             console.say(note)
         claimed, path = _claim_attempt(plan, plan_path, again=again)
-        return {"attempt": claimed.attempt, "resume": claimed.resume, "plan": path.name}
+        fields = {name: getattr(claimed, name) for name in _DECIDED}
+        return {"fields": fields, "plan": path.name}
 
     if is_first:
         storage.write()
@@ -154,7 +160,7 @@ def _path_of(plan_path: Path, attempt: int) -> Path:
 def _attempt_of(plan: RunPlan, plan_path: Path, joined: Joined) -> tuple[RunPlan, Path]:
     """The plan that the first node decided on, and this node's file of it."""
     decision = joined.decision
-    chosen = dataclasses.replace(plan, attempt=decision["attempt"], resume=decision["resume"])
+    chosen = dataclasses.replace(plan, **{name: decision["fields"][name] for name in _DECIDED})
     path = plan_path.with_name(decision["plan"])
     if not path.exists():  # a disk that is not shared
         with contextlib.suppress(LaunchError):  # another node of the same disk was faster
@@ -165,17 +171,22 @@ def _attempt_of(plan: RunPlan, plan_path: Path, joined: Joined) -> tuple[RunPlan
 def _at_this_node(plan: RunPlan, joined: Joined, inherited: Mapping[str, str]) -> RunPlan:
     """With what is this node's own: its interface to the others, its cores."""
     said = {**inherited, **plan.environment}
-    environment = dict(plan.environment)
-    interface = interface_of(joined.own_address)
-    if interface is not None and "GLOO_SOCKET_IFNAME" not in said:
-        environment["GLOO_SOCKET_IFNAME"] = interface
-    if interface is not None and "NCCL_SOCKET_IFNAME" not in said:
-        environment["NCCL_SOCKET_IFNAME"] = f"={interface}"  # this one, not all that begin so
+    environment = {**plan.environment, **interface_variables(joined, said=said)}
     return dataclasses.replace(
         plan,
         environment=environment,
         threads_per_rank=threads.per_rank(plan.topology.procs_per_node),
     )
+
+
+def interface_variables(joined: Joined, *, said: Mapping[str, str]) -> dict[str, str]:
+    """What makes gloo and NCCL take the way on which the nodes met, unless it was said already."""
+    interface = interface_of(joined.own_address)
+    if interface is None:
+        return {}
+    # NCCL would take all interfaces that begin with the name.
+    ways = {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    return {name: value for name, value in ways.items() if name not in said}
 
 
 def _visible_gpus(environment: Mapping[str, str]) -> list[str]:

@@ -77,6 +77,12 @@ def interface_of(address: str) -> str | None:
     return next((own.interface for own in local_addresses() if own.address == address), None)
 
 
+def is_own(host: str) -> bool:
+    """Whether a host name, or an address, is this machine's."""
+    own = {local.address for local in local_addresses()}
+    return bool(own & set(resolve([host])))
+
+
 def resolve(names: Sequence[str]) -> list[str]:
     """The addresses that host names stand for, in order, each once; unknown names left out."""
     addresses: dict[str, None] = {}

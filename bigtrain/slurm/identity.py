@@ -70,6 +70,30 @@ def read_seat(
     )
 
 
+def read_rank_seat(
+    environment: Mapping[str, str],
+    *,
+    interface: str | None = None,
+    deadline_s: float = DEFAULT_DEADLINE_S,
+) -> Seat:
+    """This task as a rank that meets the step's others, wherever their nodes are."""
+    rank, number = _number(environment, "SLURM_PROCID"), tasks_of_step(environment)
+    node = environment.get("SLURMD_NODENAME") or "unknown"
+    return Seat(
+        node_rank=rank,
+        num_nodes=number,
+        host=f"rank {rank} on {node}",
+        job=f"{environment.get('SLURM_JOB_ID')}.{environment.get('SLURM_STEP_ID')}",
+        token=_token(environment),
+        head_names=_names_of_head(
+            environment, nodelist.expand(environment.get("SLURM_STEP_NODELIST", ""))
+        ),
+        hosts=tuple(f"rank {k}" for k in range(number)),
+        interface=interface,
+        deadline_s=deadline_s,
+    )
+
+
 def _names_of_head(environment: Mapping[str, str], hosts: tuple[str, ...]) -> tuple[str, ...]:
     """Where the first node may be found, best first. What leads nowhere does no harm.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -18,7 +19,8 @@ from bigtrain.slurm import identity, provenance
 from bigtrain.slurm.record import SubmissionRecord, record_path
 
 VERDICT_VARIABLE = "BIGTRAIN_VERDICT"
-"""A file for the run's exit code: srun itself leaves with the highest of all its tasks' codes."""
+"""A file for the run's exit code and the nodes that it lost: srun itself leaves with the highest of
+all its tasks' codes."""
 
 
 def main() -> None:
@@ -48,7 +50,7 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
 
     def record(verdict: Verdict) -> None:
         if environment.get(VERDICT_VARIABLE):
-            Path(environment[VERDICT_VARIABLE]).write_text(f"{verdict.code}\n")
+            _record(verdict, Path(environment[VERDICT_VARIABLE]), is_first=seat.node_rank == 0)
 
     return nodes.launch(
         plan,
@@ -59,6 +61,13 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
         again=restarts > 0,
         record=record,
     )
+
+
+def _record(verdict: Verdict, path: Path, *, is_first: bool) -> None:
+    """The code, and the nodes that were lost. The first node has the last word: another one that
+    believes the first to be lost may be the one that is cut off."""
+    with contextlib.suppress(OSError), path.open("w" if is_first else "x") as file:
+        file.write(f"{verdict.code} {','.join(verdict.lost)}\n")
 
 
 def _choose(paths: list[str], environment: Mapping[str, str]) -> str:

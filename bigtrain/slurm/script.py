@@ -4,7 +4,7 @@ The template is plain bash with three comment lines that are replaced:
 
     # @options   the #SBATCH lines
     # @setup     modules, and the user's own preparations
-    # @run       srun_options=(…), node_command=(…) and max_requeues
+    # @run       srun_options=(…), node_command=(…), max_requeues, spare_nodes and record_dir
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ def sbatch_options(request: JobRequest) -> dict[str, str | None]:
     plan, settings = request.plan, request.settings
     options: dict[str, str | None] = {
         "job-name": plan.name,
-        "nodes": str(plan.topology.nodes),
+        "nodes": str(plan.topology.nodes + settings.spare_nodes),
         "ntasks-per-node": "1",
     }
+    if settings.spare_nodes:
+        options["no-kill"] = None
     if request.cpus_per_task is not None and "cpus-per-gpu" not in settings.options:
         options["cpus-per-task"] = str(request.cpus_per_task)
     options |= _gpu_options(request)
@@ -146,7 +148,8 @@ def _setup_lines(settings: SlurmSettings) -> list[str]:
 
 def _run_lines(request: JobRequest) -> list[str]:
     return [
-        f"max_requeues={request.settings.max_requeues}",
+        f"max_requeues={request.settings.max_requeues} spare_nodes={request.settings.spare_nodes}",
+        f"record_dir={shlex.quote(str(Path(request.plan.output_dir) / 'slurm'))}",
         *_array("srun_options", [_option(k, v) for k, v in srun_options(request).items()]),
         "# Python, with bigtrain's folder first on its module path instead of this directory.",
         *_array("node_command", node_command(request)),

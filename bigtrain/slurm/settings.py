@@ -106,12 +106,14 @@ def _words(value: Any) -> tuple[str, ...]:
 
 
 def _truth(value: Any) -> bool:
+    value = {"true": True, "false": False}.get(value, value) if isinstance(value, str) else value
     if not isinstance(value, bool):
         raise ValueError(f"{value!r} is not true or false")
     return value
 
 
 def _count(value: Any) -> int:
+    value = int(value) if isinstance(value, str) and value.isdigit() else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a whole number from 0 on")
     return value

@@ -113,7 +113,18 @@ def _request(
         settings=settings,
         cpus_per_task=_share_of_cpus(settings, topology.procs_per_node, device=plans[0].device),
         package_root=package_root,
+        last_save_s=last_save_s(Path(plans[0].output_dir)),
     )
+
+
+def last_save_s(output_dir: Path) -> float | None:
+    """How long the newest checkpoint took to write: from its first whole file to its manifest."""
+    manifests = [(p.stat().st_mtime, p) for p in output_dir.glob("checkpoint-*/manifest.json")]
+    if not manifests:
+        return None
+    committed, manifest = max(manifests)
+    files = (path for path in manifest.parent.rglob("*") if path.is_file())
+    return max(0.0, committed - min(path.stat().st_mtime for path in files))
 
 
 def _share_of_cpus(settings: SlurmSettings, procs: int, *, device: str) -> int | None:

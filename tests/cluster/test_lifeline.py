@@ -106,7 +106,7 @@ def test_a_node_that_vanishes_is_named_and_the_run_wants_to_go_on(
     assert nodes[0].told_to_end.wait(5)
     assert nodes[1].told_to_end.wait(5)
     verdicts = settle(*(pool.submit(node.leave, 1, "reset by peer", 1.0) for node in nodes[:2]))
-    assert verdicts == [Verdict(code=EXIT_AGAIN, cause=VANISHED)] * 2
+    assert verdicts == [Verdict(code=EXIT_AGAIN, cause=VANISHED, lost=("node2",))] * 2
 
 
 def test_a_node_that_loses_the_first_one_ends_by_itself(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -98,6 +99,20 @@ class Testbed:
             said = f"{done.stdout}{done.stderr}"
             raise AssertionError(f"{command} left with {done.returncode}:\n{said}")
         return done
+
+    def popen_on(self, node: int, *command: str | Path, cwd: Path) -> subprocess.Popen[str]:
+        """A command on a node, as somebody types it there; both outputs in one pipe."""
+        hosts = self.directory / "hosts"
+        words = " ".join(shlex.quote(str(word)) for word in command)
+        script = f"hostname node{node}; mount --bind {hosts} /etc/hosts; exec {words}"
+        namespace = f"--net=/run/netns/{self.prefix}-node{node}"
+        return subprocess.Popen(
+            ["nsenter", namespace, "unshare", "--uts", "--mount", "bash", "-c", script],
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def job(self, job_id: str) -> dict[str, str]:
         """What the controller knows of a job, by its names."""

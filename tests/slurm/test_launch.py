@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_flags_win_over_the_run_file_in_any_spelling(folder: Path) -> None:
         "--partition=debug",
         "--cpus-per-gpu=4",
     ]
-    assert "max_requeues=3\n" in done.stdout
+    assert "max_requeues=3 spare_nodes=0\n" in done.stdout
     assert "  --container-image=a/b.sqsh\n" in done.stdout
 
 
@@ -172,3 +173,15 @@ def test_a_shell_on_a_node_of_the_job_is_told_of_srun(folder: Path) -> None:
     done = _launch(folder, *words, SLURM_JOB_ID="7")
 
     assert "start it with srun --ntasks-per-node=1 bigtrain launch" in done.stderr
+
+
+def test_the_notice_leaves_time_for_two_saves_as_long_as_the_last_one(folder: Path) -> None:
+    checkpoint = folder / "runs" / "tiny" / "checkpoint-5"
+    (checkpoint / "weights").mkdir(parents=True)
+    for name, written in (("weights/a", 1000), ("config.json", 1100), ("manifest.json", 1300)):
+        (checkpoint / name).write_text("{}")
+        os.utime(checkpoint / name, (written, written))
+
+    done = _launch(folder, "--slurm", "--dry-run", "--set", "training.overwrite_output_dir=true")
+
+    assert "--signal=USR2@600" in _options(done.stdout), done.stderr
