@@ -7,8 +7,8 @@
 Each case is a world of its own: ranks are forked, a model is trained for a few steps, and the peak
 of live allocated bytes over the last ones is taken: on a CPU from the profiler's memory events
 (every allocation and release since before the model was made), with several ranks from a dispatch
-mode, on a GPU from `torch.cuda.max_memory_allocated`. Process memory is shown beside it; it holds
-what the allocator keeps and the libraries themselves, and is not judged.
+mode, on a GPU from `torch.cuda.max_memory_allocated`. The largest size of the process is shown
+beside it; it holds what the allocator keeps and the libraries themselves, and is not judged.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import pickle
+import resource
 import socket
 import sys
 import tempfile
@@ -284,7 +285,6 @@ def _fork(case: Case, rank: int, port: int, folder: Path) -> int:
 
 
 def _measure(case: Case, world: RankInfo) -> dict[str, int]:
-    import psutil
     import torch
 
     from bigtrain.device import choose_device
@@ -304,7 +304,8 @@ def _measure(case: Case, world: RankInfo) -> dict[str, int]:
         # The profiler does not see what gloo's threads release.
         count = profiled_peak if world.world_size == 1 else _counted_peak
         peak = count(case, world, device)
-    return {"peak": peak, "process": psutil.Process().memory_info().rss}
+    process = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"peak": peak, "process": process}
 
 
 def _counted_peak(case: Case, world: RankInfo, device: Any) -> int:

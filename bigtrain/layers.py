@@ -21,6 +21,13 @@ _SHORTHANDS: Mapping[str, str] = {
 }
 
 
+# Two that can't both be true.
+_OPPOSITES: Mapping[str, str] = {
+    "training.bf16": "training.fp16",
+    "training.fp16": "training.bf16",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Override:
     """A value that wins over the run file's: `key` is dotted, as in `engine.shard`."""
@@ -90,6 +97,13 @@ class Layers:
                 return found
         return self._label
 
+    def value(self, path: KeyPath) -> Any:
+        """What is said at `path`; None where nothing is."""
+        found: Any = self.values
+        for key in path:
+            found = found.get(key) if isinstance(found, Mapping) else None
+        return found
+
     @property
     def has_faults(self) -> bool:
         return bool(self._faults)
@@ -141,10 +155,15 @@ def lay(
 
 def _fill(layers: Layers, value: Override) -> None:
     path = tuple(value.key.split("."))
-    said: Any = layers.values
-    for key in path:
-        said = said.get(key) if isinstance(said, Mapping) else None
-    if said is None:
+    other = _OPPOSITES.get(value.key)
+    said = layers.value(path)
+    if other is not None and layers.value(tuple(other.split("."))) is True:
+        layers.fault(
+            tuple(other.split(".")),
+            f"true, but {value.origin} says {value.key.rpartition('.')[2]}; leave one out, or "
+            f"settle it by --set {value.key}=false",
+        )
+    elif said is None:
         layers.put(value)
     elif said != value.value:
         layers.fault(

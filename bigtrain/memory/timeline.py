@@ -22,6 +22,8 @@ from bigtrain.translate.config import (
 )
 
 LOSS, UPDATE = "loss", "update"
+_FLATTENED_AT_ONCE = 500_000_000
+"""Elements (deepspeed/runtime/engine.py, `MEMORY_OPT_ALLREDUCE_SIZE`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,12 @@ class Step:
         return max((parameter.numel for parameter in self.shapes.units[0]), default=0)
 
     @property
+    def widest(self) -> int:
+        """Elements of the largest parameter in a layer."""
+        inner = (p.numel for unit in self.shapes.units[1:] for p in unit)
+        return max(inner, default=0)
+
+    @property
     def tied(self) -> int:
         """Elements of the embedding, where it makes the logits too; else 0.
 
@@ -108,7 +116,8 @@ def _fsdp(step: Step) -> Iterator[Moment]:
     """Layers are gathered two at a time, and their gradients reduced one behind the other.
 
     The root's own parameters stay gathered from the first use to the last. Without a sync between
-    micro-batches, gradients accumulate whole in the reduce precision.
+    micro-batches, gradients accumulate whole in the reduce precision, and go layer by layer in the
+    last backward pass.
     """
     settings = step.place.config.settings
     assert isinstance(settings, FsdpSettings)
@@ -126,11 +135,12 @@ def _fsdp(step: Step) -> Iterator[Moment]:
         name=LOSS, activations=step.activations.head, gradients=whole, communication=gathered
     )
     for done, name, activations in _backward(step):
-        shards = sharded * (done - 1) // max(1, len(step.layers))
+        reduced = (done - 1) / max(1, len(step.layers))
+        shards, waiting = int(sharded * reduced), int(whole * (1 - reduced))
         yield Moment(
             name=name,
             activations=activations,
-            gradients=compute * (step.trained(step.head) + layer) + shards + whole,
+            gradients=compute * (step.trained(step.head) + layer) + shards + waiting,
             communication=max(gathered, root + 2 * compute * step.layer)
             + (reduce * layer if done > 1 else 0),
         )
@@ -143,34 +153,93 @@ def _fsdp(step: Step) -> Iterator[Moment]:
 
 
 def _zero12(step: Step, zero: Mapping[str, Any]) -> Iterator[Moment]:
-    """Stage 2 keeps its part of the gradients; stage 1 all of them until the update."""
-    place, trained = step.place, step.shapes.trained_numel
-    compute, ranks = place.compute_bytes, place.topology.world_size
-    own = 0 if is_offloaded(zero, "offload_optimizer") and step.on_gpu else 4 * trained // ranks
-    keeps_all = zero["stage"] == 1
-    is_bf16_optimizer = keeps_all and place.config.compute_dtype == "bf16" and own > 0
-    lasting = 4 * trained if is_bf16_optimizer else 0
-    bucket = place.reduce_bytes * min(zero["reduce_bucket_size"], trained)
-    communication = 0 if is_bf16_optimizer else bucket * (2 if zero["overlap_comm"] else 1)
-    before = own if step.accumulation > 1 and not is_bf16_optimizer else 0
+    is_offloaded_ = is_offloaded(zero, "offload_optimizer") and step.on_gpu
+    own = 0 if is_offloaded_ else 4 * step.shapes.trained_numel // step.place.topology.world_size
+    if zero["stage"] == 2:
+        yield from _zero2(step, zero, own)
+    elif step.place.config.compute_dtype == "bf16" and own:
+        yield from _bf16_optimizer(step)
+    else:
+        yield from _zero1(step, zero, own)
+
+
+def _bf16_optimizer(step: Step) -> Iterator[Moment]:
+    """ZeRO-1 in bf16: all gradients last in fp32, and those of a backward pass in bf16 until its
+    end, when the fp32 ones are copied into one flat tensor to be summed (engine.py,
+    `buffered_allreduce_fallback`)."""
+    trained, compute = step.shapes.trained_numel, step.place.compute_bytes
+    lasting = 4 * trained
+    yield Moment(name=LOSS, activations=step.activations.head, gradients=lasting, communication=0)
+    for done, name, activations in _backward(step):
+        kept = compute * step.trained(step.head + done * step.layer)
+        yield Moment(name=name, activations=activations, gradients=lasting + kept, communication=0)
+    yield _end(
+        step,
+        gradients=lasting + compute * trained,
+        communication=4 * min(trained, _FLATTENED_AT_ONCE),
+    )
+    yield Moment(name=UPDATE, activations=0, gradients=lasting, communication=0)
+
+
+def _zero1(step: Step, zero: Mapping[str, Any], own: int) -> Iterator[Moment]:
+    """Gradients stay whole until the last backward pass ends; then this rank's part is copied."""
+    full = step.place.compute_bytes * step.shapes.trained_numel
+    before = full if step.accumulation > 1 else 0
+    communication = _buckets(step, zero)
     yield Moment(
         name=LOSS,
         activations=step.activations.head,
-        gradients=lasting + before,
+        gradients=before,
         communication=communication,
     )
     for done, name, activations in _backward(step):
-        kept = compute * step.trained(step.head + done * step.layer)
-        part = own * done // len(step.layers) + compute * step.trained(step.layer)
+        grown = step.place.compute_bytes * step.trained(step.head + done * step.layer)
         yield Moment(
             name=name,
             activations=activations,
-            gradients=lasting + before + (kept if keeps_all else part),
+            gradients=max(before, grown),
             communication=communication,
         )
-    full = compute * trained if keeps_all else own + compute * step.trained(step.head)
-    yield _end(step, gradients=lasting + before + full, communication=communication)
-    yield Moment(name=UPDATE, activations=0, gradients=lasting + own, communication=own)
+    yield _end(step, gradients=full + own, communication=communication)
+    yield Moment(name=UPDATE, activations=0, gradients=own, communication=own)
+
+
+def _zero2(step: Step, zero: Mapping[str, Any], own: int) -> Iterator[Moment]:
+    """This rank's part of the gradients is there at once when the first is ready. In bf16 it is in
+    fp32, and beside it stay this rank's bf16 gradients of parameters too large for a bucket."""
+    place, compute = step.place, step.place.compute_bytes
+    is_cast = compute < place.reduce_bytes
+    large = sum(p.numel for p in step.shapes.parameters if p.numel > zero["reduce_bucket_size"])
+    stale = compute * step.trained(large) // place.topology.world_size if is_cast and own else 0
+    before = own if step.accumulation > 1 else 0
+    communication = _buckets(step, zero)
+    yield Moment(
+        name=LOSS,
+        activations=step.activations.head,
+        gradients=before,
+        communication=communication,
+    )
+    for done, name, activations in _backward(step):
+        left = stale * done // len(step.layers)
+        yield Moment(
+            name=name,
+            activations=activations,
+            gradients=own + left + compute * step.trained(step.layer),
+            communication=communication + (place.reduce_bytes * step.widest if is_cast else 0),
+        )
+    yield _end(
+        step,
+        gradients=own + stale + compute * step.trained(step.head),
+        communication=communication + (place.reduce_bytes * step.head if is_cast else 0),
+    )
+    copied = 0 if is_cast else own
+    yield Moment(name=UPDATE, activations=0, gradients=own + stale, communication=copied)
+
+
+def _buckets(step: Step, zero: Mapping[str, Any]) -> int:
+    """The buffers that small gradients are gathered in; two where reducing overlaps."""
+    numel = min(int(zero["reduce_bucket_size"]), step.shapes.trained_numel)
+    return step.place.compute_bytes * numel * (2 if zero["overlap_comm"] else 1)
 
 
 def _zero3(step: Step, zero: Mapping[str, Any]) -> Iterator[Moment]:

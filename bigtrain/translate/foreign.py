@@ -64,19 +64,30 @@ def unresolved(settings: EngineSettings, values: Mapping[str, Any]) -> Iterator[
             yield "deepspeed", f'{key} is "auto" there, and bigtrain has no value for it; say one'
 
 
-def faults(values: Mapping[str, Any], *, engine: EngineName) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong and the fix) for foreign configs that can't be followed."""
+def faults(
+    values: Mapping[str, Any], *, engine: EngineName, origins: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong and the fix) for foreign configs that can't be followed.
+
+    `origins` tell where the run file's own words stand, which they may contradict.
+    """
     asked = asked_engine(values)
     field = "deepspeed" if values.get("deepspeed") else "fsdp"
     if asked is not None and asked != engine:
-        yield field, f"it asks for engine {asked}, but the run's engine is {engine}; leave one out"
+        said = origins.get("engine.name")
+        place = f" ({said})" if said else ""
+        yield (
+            field,
+            f"it asks for engine {asked}, but the run's engine is {engine}{place}; "
+            "neither wins: leave one out",
+        )
     if values.get("fsdp") and values.get("deepspeed"):
         yield "fsdp", "fsdp and deepspeed are both set; keep one of them"
     if values.get("fsdp"):
         yield from given_fsdp.faults(values)
     if values.get("deepspeed"):
         given = given_json.read(values["deepspeed"], "deepspeed")
-        for why in given_json.faults(given, values):
+        for why in given_json.faults(given, values, origins=origins):
             yield "deepspeed", why
     yield from _accelerator_faults(values.get("accelerator_config"), engine=engine)
 

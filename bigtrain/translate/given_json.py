@@ -6,17 +6,14 @@ the installed DeepSpeed does not have is refused: DeepSpeed itself would take it
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import math
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bigtrain.arguments.values import did_you_mean
 from bigtrain.errors import ConfigError
+from bigtrain.translate import deepspeed_keys
 from bigtrain.translate.config import EngineName
 
 Json: TypeAlias = Mapping[str, Any]
@@ -76,16 +73,17 @@ def implied(given: Json) -> Iterator[tuple[str, str, Any]]:
         yield "adam_beta2", "optimizer.params.betas", betas[1]
 
 
-def faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with it, and the fix, for each fault."""
-    yield from _unknown_keys(given)
+def faults(given: Json, values: Mapping[str, Any], *, origins: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with it, and the fix, for each fault. `origins`: where our own words stand."""
+    yield from deepspeed_keys.unknown(given)
     yield from _optimizer_faults(given)
     yield from _schedule_faults(given, values)
     for field, key, value in implied(given):
         if not _same(value, values[field]):
             yield (
-                f"{key} is {value} there, but training.{field} is {values[field]}; "
-                'make them equal, or say "auto" there'
+                f"{key} is {value} there, but training.{field} is {values[field]} "
+                f"({origins.get(f'training.{field}', 'its default')}); neither wins: make them "
+                'equal, leave one out, or say "auto" there'
             )
     if engine(given) == "ddp":
         yield "its ZeRO stage is 0, which is plain data parallelism; leave it out: engine ddp"
@@ -97,9 +95,11 @@ def overlay(ours: Json, given: Json) -> dict[str, Any]:
     for key, value in given.items():
         if key in ("train_batch_size", "optimizer", "scheduler") or value == AUTO:
             continue
+        inner = ours.get(key)
         if isinstance(value, Mapping):
-            inner = ours.get(key)
             merged[key] = overlay(inner if isinstance(inner, Mapping) else {}, value)
+        elif isinstance(value, float) and type(inner) is int and value.is_integer():
+            merged[key] = int(value)  # a bucket of 5e8
         else:
             merged[key] = value
     return merged
@@ -159,66 +159,6 @@ def _schedule_faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
             f"scheduler.params ({', '.join(whole)}) belong to the loop; say them by "
             "training.warmup_steps and learning_rate"
         )
-
-
-def _unknown_keys(given: Json) -> Iterator[str]:
-    known = _known_keys()
-    if known is None:
-        return
-    top, zero = known
-    for key in given:
-        if key not in top:
-            yield f"{key} is no key of DeepSpeed's{did_you_mean(key, top)}"
-    section = given.get("zero_optimization")
-    for key in section if isinstance(section, Mapping) else ():
-        if key not in zero:
-            yield f"zero_optimization.{key} is no key of DeepSpeed's{did_you_mean(key, zero)}"
-
-
-@lru_cache(maxsize=1)
-def _known_keys() -> tuple[frozenset[str], frozenset[str]] | None:
-    """Keys at the top and of `zero_optimization`, from the installed sources, by `ast`."""
-    spec = importlib.util.find_spec("deepspeed")
-    if spec is None or spec.origin is None:
-        return None
-    folder = Path(spec.origin).parent / "runtime"
-    try:
-        zero = frozenset(_model_fields(folder / "zero" / "config.py", "DeepSpeedZeroConfig"))
-        files = [
-            *folder.glob("*constants.py"),
-            *folder.glob("*/constants.py"),
-            folder / "config.py",
-        ]
-        files += [folder.parent / "profiling" / "constants.py", folder.parent / "constants.py"]
-        files += [
-            folder.parent / "monitor" / "constants.py",
-            folder.parent / "monitor" / "config.py",
-        ]
-        files += [folder / "precision_config.py", folder / "activation_checkpointing" / "config.py"]
-        top = frozenset(word for file in files if file.is_file() for word in _strings(file))
-    except (OSError, SyntaxError):
-        return None
-    return top, zero
-
-
-def _strings(file: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 60:
-            yield node.value
-
-
-def _model_fields(file: Path, name: str) -> Iterator[str]:
-    """A pydantic class's fields and their aliases."""
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if not (isinstance(node, ast.ClassDef) and node.name == name):
-            continue
-        for field in node.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                yield field.target.id
-                calls = field.value.keywords if isinstance(field.value, ast.Call) else []
-                for keyword in calls:
-                    if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
-                        yield str(keyword.value.value)
 
 
 def _leaf(config: Any, path: tuple[str, ...]) -> Any:

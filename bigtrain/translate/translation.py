@@ -37,6 +37,7 @@ class _Request:
     compute: DTypeName
     options: EngineOptions
     hidden_size: int | None
+    origins: Mapping[str, str]
 
 
 def _zero(stage: Literal[1, 2, 3]) -> Callable[[_Request], EngineSettings]:
@@ -116,14 +117,15 @@ def translate(
         compute=precision.compute_dtype(whole),
         options=options,
         hidden_size=hidden_size,
+        origins=origins or {},
     )
     found = tuple(_faults(request, engine, schema))
     if found:
-        raise UnsupportedError(_with_origins(found, origins or {}))
+        raise UnsupportedError(_with_origins(found, request.origins))
     ours = _SETTINGS[engine](request)
     open_ = tuple((f"training.{name}", why) for name, why in foreign.unresolved(ours, values))
     if open_:
-        raise UnsupportedError(_with_origins(open_, origins or {}))
+        raise UnsupportedError(_with_origins(open_, request.origins))
     config = EngineConfig(
         name=engine,
         settings=foreign.overlay(ours, values),
@@ -146,7 +148,7 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         bf16_masters=options.master_dtype == "bf16",
     ):
         yield f"training.{name}", why
-    for name, why in foreign.faults(values, engine=engine):
+    for name, why in foreign.faults(values, engine=engine, origins=request.origins):
         yield f"training.{name}", why
     backend = "gloo" if request.on_cpu else "nccl"
     if values["ddp_backend"] not in (None, backend):

@@ -88,6 +88,9 @@ def test_the_formula_is_near_even_for_a_tiny_model(
         "mixtral-70M fsdp 2 bf16 2×512",
         "deep-52M fsdp 2 bf16 1×256 recomputed",
         "qwen2-61M zero3 2 bf16 2×512 recomputed",
+        "deep-52M zero1 2 bf16 1×256 recomputed",
+        "deep-52M zero2 2 bf16 1×256×2 recomputed",
+        "deep-52M fsdp 2 bf16 1×256×2 recomputed",
     ],
 )
 def test_trace_is_within_10_and_formula_within_25_percent(benchmark: ModuleType, text: str) -> None:

@@ -54,8 +54,6 @@ def _forecast(plan: RunPlan, folder: Path) -> Forecast:
 @pytest.mark.parametrize("nodes", [1, 2, 16])
 @pytest.mark.parametrize("name", _READY)
 def test_every_ready_config_is_planned_and_fits(name: str, nodes: int, tmp_path: Path) -> None:
-    if name == "llama3-8b-lora" and nodes == 16:
-        pytest.skip("its global batch is one for up to eight nodes")
     path = share_root() / "configs" / f"{name}.yaml"
 
     plan = _plan(str(path), f"cluster.nodes={nodes}", folder=tmp_path)

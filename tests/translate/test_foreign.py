@@ -110,7 +110,13 @@ def test_a_deepspeed_file_is_followed_and_its_autos_resolved(tmp_path: Path) -> 
 
 def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() -> None:
     given = {
-        "zero_optimization": {"stage": 3, "overlap_com": True},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_com": True,
+            "offload_optimizer": {"devise": "cpu"},
+        },
+        "activation_checkpointing": {"partition_activation": True},
+        "fp16": {"loss_scal": 0},
         "optimizer": {"type": "OneBitAdam", "params": {"lr": 3e-4, "freeze_step": 4}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
         "gradient_clippping": 2.0,
@@ -119,12 +125,17 @@ def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() ->
 
     assert _faults({"deepspeed": given, "fsdp": "full_shard"}, "zero2") == [
         "training.deepspeed: it asks for engine zero3, but the run's engine is zero2; "
-        "leave one out",
+        "neither wins: leave one out",
         "training.fsdp: fsdp and deepspeed are both set; keep one of them",
-        "training.deepspeed: gradient_clippping is no key of DeepSpeed's; did you mean "
-        "'gradient_clipping'?",
         "training.deepspeed: zero_optimization.overlap_com is no key of DeepSpeed's; did you mean "
         "'overlap_comm'?",
+        "training.deepspeed: zero_optimization.offload_optimizer.devise is no key of DeepSpeed's; "
+        "did you mean 'device'?",
+        "training.deepspeed: activation_checkpointing.partition_activation is no key of "
+        "DeepSpeed's; did you mean 'partition_activations'?",
+        "training.deepspeed: fp16.loss_scal is no key of DeepSpeed's; did you mean 'loss_scale'?",
+        "training.deepspeed: gradient_clippping is no key of DeepSpeed's; did you mean "
+        "'gradient_clipping'?",
         "training.deepspeed: optimizer.type is 'OneBitAdam', but the loop makes the optimizer; "
         "leave it out and set training.optim and its hyperparameters",
         "training.deepspeed: optimizer.params.freeze_step has no counterpart in "
@@ -134,10 +145,10 @@ def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() ->
         "constant_with_warmup",
         "training.deepspeed: scheduler.params (warmup_num_steps) belong to the loop; say them by "
         "training.warmup_steps and learning_rate",
-        "training.deepspeed: gradient_clipping is 2.0 there, but training.max_grad_norm is 1.0; "
-        'make them equal, or say "auto" there',
+        "training.deepspeed: gradient_clipping is 2.0 there, but training.max_grad_norm is 1.0 "
+        '(its default); neither wins: make them equal, leave one out, or say "auto" there',
         "training.deepspeed: optimizer.params.lr is 0.0003 there, but training.learning_rate is "
-        '5e-05; make them equal, or say "auto" there',
+        '5e-05 (its default); neither wins: make them equal, leave one out, or say "auto" there',
     ]
 
 
