@@ -1,6 +1,6 @@
 # The two commands are `make train` and `make test`; each sets itself up once.
 #
-# PYTHON is the interpreter that the environment is made with (3.10 or newer).
+# PYTHON is the interpreter that the environment is made with (3.11 or newer: transformers needs it).
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -51,8 +51,8 @@ setup: $(STAMP)
 
 # The tested versions, and bigtrain itself from this checkout.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
-		|| { echo "$(PYTHON) is older than Python 3.10; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "$(PYTHON) is older than Python 3.11, which transformers needs; try make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) \
 		|| { echo "$(PYTHON) has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
 	@echo "installing torch, transformers, DeepSpeed and the rest into $(VENV): some minutes, once"

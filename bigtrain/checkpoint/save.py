@@ -15,7 +15,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +244,7 @@ def _open_destination(
         engine=engine.name,
         world_size=world.world_size,
         progress=request.progress,
-        created=datetime.now(timezone.utc).isoformat(timespec="microseconds"),
+        created=datetime.now(UTC).isoformat(timespec="microseconds"),
         versions=versions_of(("bigtrain", "torch", "transformers", "deepspeed")),
         parts={},
         param_groups=snapshot.param_groups,

@@ -49,7 +49,7 @@ def interpreter_command(module: str, *arguments: str) -> list[str]:
     imported; `sys.argv[1]` is the folder that holds bigtrain, and is taken out of the way.
     """
     code = (
-        "import sys; safe = getattr(sys.flags, 'safe_path', False); "
+        "import sys; safe = sys.flags.safe_path; "
         "sys.path[: not safe] = [sys.argv.pop(1)]; "
         f"from {module} import main; sys.path[:1] = [] if safe else ['']; main()"
     )

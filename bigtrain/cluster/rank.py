@@ -83,7 +83,7 @@ def set_module_path(*, kind: str, source: str) -> None:
     The interpreter put the working directory first, where a user's `random.py` would replace the
     standard library's. bigtrain's own place goes last, where it hides nothing.
     """
-    if not getattr(sys.flags, "safe_path", False):
+    if not sys.flags.safe_path:
         sys.path[:1] = [str(Path(source).resolve().parent)] if kind == "script" else []
     home = package_root()
     if home not in sys.path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from bigtrain.cluster.environment import RESTART_VARIABLE
@@ -40,7 +40,7 @@ def is_restarted() -> bool:
 def plan_written() -> datetime:
     """When this attempt was planned: what it saved itself is younger."""
     written = Path(os.environ[PLAN_VARIABLE]).stat().st_mtime
-    return datetime.fromtimestamp(written, tz=timezone.utc)
+    return datetime.fromtimestamp(written, tz=UTC)
 
 
 def has_console() -> bool:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -52,7 +52,7 @@ def test_what_was_committed_last_is_the_newest_whatever_its_step(tmp_path: Path)
 
 def test_a_restart_finds_only_what_was_committed_since(tmp_path: Path) -> None:
     save_step(tmp_path, 4)
-    since = datetime.now(timezone.utc)
+    since = datetime.now(UTC)
     assert find_checkpoint(tmp_path, since=since).path is None
     later = save_step(tmp_path, 2)
     assert find_checkpoint(tmp_path, since=since).path == later
