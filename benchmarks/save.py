@@ -7,13 +7,18 @@ machine. In each repeat, one after another on the same state: bigtrain in the ba
 once, torch's `dcp.save`, its `async_save` by thread and by process, what accelerate and
 transformers' Trainer do for FSDP (two `dcp.save`), and, on the same model under ZeRO-2, DeepSpeed's
 own `save_checkpoint`. Then all that was written is loaded: into the same engine and size, ours
-also into ZeRO-2. `blocked` is what the training loop waits; `done` is until the files are complete
-(bigtrain's are synced and verified by then, the others' are in the page cache). Medians, seconds.
+also into ZeRO-2 and onto other numbers of ranks, DeepSpeed's also by way of `ds_to_universal` and
+by bigtrain. `blocked` is what the training loop waits; `done` is until the files are complete
+(bigtrain's are hashed, synced and committed by then, the others' are in the page cache). `memory`
+is what a rank and its helpers took at most beyond what they had before the first save; bigtrain and
+DCP's async ways keep a copy of the state in it. Medians, seconds, of the slowest rank.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -21,8 +26,10 @@ import pickle
 import shutil
 import socket
 import statistics
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from bigtrain.checkpoint.load import open_checkpoint, restore
+from bigtrain.checkpoint.load import group_names, open_checkpoint, restore
 from bigtrain.checkpoint.manifest import Progress
 from bigtrain.checkpoint.save import Saver, SaveRequest
 from bigtrain.engine import build_engine, process_group
@@ -69,8 +76,10 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
         found: dict[str, dict[str, list[float]]] = {}
-        for phase in (measure_fsdp, measure_deepspeed):
-            found |= run_ranks(phase, chosen, Path(folder))
+        for phase in (measure_fsdp, measure_deepspeed, measure_universal):
+            found |= run_ranks(phase, chosen, Path(folder), chosen.ranks)
+        for ranks in (1, chosen.ranks + 1):
+            found |= run_ranks(measure_other_size, chosen, Path(folder), ranks)
     report(found, as_json=chosen.json)
     return 0
 
@@ -174,13 +183,52 @@ def measure_deepspeed(
         return lambda: None
 
     found = measure_saves({"DeepSpeed, ZeRO-2": save}, world, folder, chosen.repeats)
-    found["bigtrain, FSDP's into ZeRO-2"] = {}
     loads: dict[str, Callable[[], Any]] = {
         "DeepSpeed, ZeRO-2": lambda: engine._deepspeed.load_checkpoint(
             str(folder / "DeepSpeed, ZeRO-2")
         ),
         "bigtrain, FSDP's into ZeRO-2": lambda: load_ours(engine, folder / "bigtrain", world),
+        "bigtrain, DeepSpeed's into ZeRO-2": lambda: load_ours(
+            engine, folder / "DeepSpeed, ZeRO-2", world
+        ),
     }
+    measure_loads(loads, found, chosen.repeats)
+    return found
+
+
+def measure_universal(
+    world: RankInfo, chosen: Any, folder: Path
+) -> dict[str, dict[str, list[float]]]:
+    """DeepSpeed's way to another size: convert, then load what was converted."""
+    saved = folder / "DeepSpeed, ZeRO-2"
+    tag = (saved / "latest").read_text().strip()
+    begun = time.perf_counter()
+    if world.is_main:
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+        command += ["--input_folder", str(saved / tag), "--output_folder", str(saved / "universal")]
+        command += ["--num_extract_workers", "2", "--num_merge_workers", "2"]
+        subprocess.run([*command, "--inject_missing_state"], check=True, capture_output=True)
+        (saved / "latest_universal").write_text("universal")
+    dist.barrier()
+    converted = time.perf_counter() - begun
+    engine = make_engine("zero2", world, chosen.parameters, universal=True)
+    begun = time.perf_counter()
+    engine._deepspeed.load_checkpoint(str(saved), tag="universal")
+    loaded = slowest(time.perf_counter() - begun)
+    return {
+        "ds_to_universal": {"done": [converted]},
+        "DeepSpeed, universal": {"load": [loaded]},
+    }
+
+
+def measure_other_size(
+    world: RankInfo, chosen: Any, folder: Path
+) -> dict[str, dict[str, list[float]]]:
+    """What so many ranks take to load the checkpoint of another number of ranks."""
+    engine = make_engine("fsdp", world, chosen.parameters)
+    found: dict[str, dict[str, list[float]]] = {}
+    name = f"bigtrain, {chosen.ranks} ranks' onto {world.world_size}"
+    loads = {name: lambda: load_ours(engine, folder / "bigtrain", world)}
     measure_loads(loads, found, chosen.repeats)
     return found
 
@@ -203,16 +251,17 @@ def measure_saves(
             os.sync()
             gc.collect()
             dist.barrier()
-            with PeakMemory() as memory:
+            with PeakMemory() if not repeat else contextlib.nullcontext() as memory:
                 begun = time.perf_counter()
                 finish = save(path)
-                blocked = slowest(time.perf_counter() - begun)
+                blocked = time.perf_counter() - begun
                 finish()
-                done = slowest(time.perf_counter() - begun)
-            if repeat:  # the first one is for warming up
-                found[name]["blocked"].append(blocked)
-                found[name]["done"].append(done)
+                done = time.perf_counter() - begun
+            if memory is not None:  # the first round, which also warms up
                 found[name]["memory"].append(slowest(memory.grown / 1e6))
+            else:
+                found[name]["blocked"].append(slowest(blocked))
+                found[name]["done"].append(slowest(done))
     return found
 
 
@@ -225,12 +274,13 @@ def measure_loads(
             dist.barrier()
             begun = time.perf_counter()
             load()
-            found[name].setdefault("load", []).append(slowest(time.perf_counter() - begun))
+            measured = found.setdefault(name, {}).setdefault("load", [])
+            measured.append(slowest(time.perf_counter() - begun))
 
 
 def load_ours(engine: Any, path: Path, world: RankInfo) -> None:
     """Fill the engine."""
-    with open_checkpoint(path) as loaded:
+    with open_checkpoint(path, names=group_names(engine)) as loaded:
         restore(engine, loaded, world=world)
 
 
@@ -254,28 +304,49 @@ def slowest(value: float) -> float:
 
 
 class PeakMemory:
-    """How much more memory this process took at most than before. What a way keeps from one save
-    to the next (bigtrain's and DCP's copies of the state) was taken when it was warmed up."""
+    """How much more memory this process and its children took at most than before, in bytes.
+
+    Sampled, with what several of them share counted once. It is not cheap: not while timing.
+    """
 
     def __enter__(self) -> PeakMemory:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        self._before, self.grown = psutil.Process().memory_info().rss, 0
+        self._before, self.grown = _memory(), 0
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                self.grown = max(0, int(line.split()[1]) * 1024 - self._before)
+        self._stopping.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._stopping.wait(0.05):
+            self.grown = max(self.grown, _memory() - self._before)
+
+
+def _memory() -> int:
+    own = psutil.Process()
+    total = 0
+    for process in (own, *own.children(recursive=True)):
+        try:
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return total
 
 
 # ---- The model ----
 
 
-def make_engine(name: Any, world: RankInfo, millions: int) -> Any:
+def make_engine(name: Any, world: RankInfo, millions: int, *, universal: bool = False) -> Any:
     """An engine after one step, so that the optimizer has its state."""
-    engine: Any = build_engine(
-        EngineConfig(name=name, settings=settings(name, world)), world=world, device=CPU
-    )
+    chosen = settings(name, world)
+    if universal:
+        json = {**chosen.json, "checkpoint": {"load_universal": True}}
+        chosen = dataclasses.replace(chosen, json=json)
+    engine: Any = build_engine(EngineConfig(name=name, settings=chosen), world=world, device=CPU)
     config = llama(millions)
     model = engine.construct(lambda: LlamaForCausalLM(config), lambda: skeleton(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -331,19 +402,26 @@ def settings(name: Any, world: RankInfo) -> Any:
 # ---- Ranks ----
 
 
-def run_ranks(phase: Callable[..., Any], chosen: Any, folder: Path) -> Any:
+def run_ranks(phase: Callable[..., Any], chosen: Any, folder: Path, ranks: int) -> Any:
     """Rank 0's answer. The ranks are forked, so that imports are paid once."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = int(listener.getsockname()[1])
     answer = folder / "answer"
     pids = []
-    for rank in range(chosen.ranks):
+    for rank in range(ranks):
         if pid := os.fork():
             pids.append(pid)
             continue
         try:
-            _run_rank(phase, chosen, folder, rank, port, answer)
+            _run_rank(
+                phase,
+                chosen,
+                folder,
+                RankInfo(rank=rank, local_rank=rank, world_size=ranks, local_world_size=ranks),
+                port,
+                answer,
+            )
             os._exit(0)
         except BaseException as fault:
             print(f"rank {rank}: {fault!r}", file=sys.stderr, flush=True)
@@ -355,19 +433,16 @@ def run_ranks(phase: Callable[..., Any], chosen: Any, folder: Path) -> Any:
 
 
 def _run_rank(
-    phase: Callable[..., Any], chosen: Any, folder: Path, rank: int, port: int, answer: Path
+    phase: Callable[..., Any], chosen: Any, folder: Path, world: RankInfo, port: int, answer: Path
 ) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(chosen.ranks),
+        "RANK": str(world.rank),
+        "LOCAL_RANK": str(world.rank),
+        "WORLD_SIZE": str(world.world_size),
     }
     torch.set_num_threads(1)
-    world = RankInfo(
-        rank=rank, local_rank=rank, world_size=chosen.ranks, local_world_size=chosen.ranks
-    )
     process_group.join(world, device=CPU, timeout_s=600)
     found = phase(world, chosen, folder)
     if world.is_main:
