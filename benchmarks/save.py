@@ -72,14 +72,17 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
+    parser.add_argument("--without-deepspeed", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
         found: dict[str, dict[str, list[float]]] = {}
-        for phase in (measure_fsdp, measure_deepspeed, measure_universal):
-            found |= run_ranks(phase, chosen, Path(folder), chosen.ranks)
+        found |= run_ranks(measure_fsdp, chosen, Path(folder), chosen.ranks)
         for ranks in (1, chosen.ranks + 1):
             found |= run_ranks(measure_other_size, chosen, Path(folder), ranks)
+        if not chosen.without_deepspeed:
+            for phase in (measure_deepspeed, measure_universal):
+                found |= run_ranks(phase, chosen, Path(folder), chosen.ranks)
     report(found, as_json=chosen.json)
     return 0
 

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from bigtrain.checkpoint.boxes import Box, cut_range
 from bigtrain.checkpoint.formats.dcp import GROUPS, STATE, join_key
-from bigtrain.checkpoint.manifest import Part, StoredItem, StoredTensor
+from bigtrain.checkpoint.items import StoredItem
+from bigtrain.checkpoint.manifest import Part, StoredTensor
 from bigtrain.checkpoint.pieces import MODEL_KINDS
 
 _METADATA = "torch.distributed.checkpoint.metadata"

@@ -14,6 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,9 +64,27 @@ class Extents(Sequence[Extent]):
         locate: Callable[[int, int], int] | None = None,
     ) -> None:
         rows = sorted(extents, key=lambda extent: extent.start)
-        self._columns = tuple(array("q", column) for column in zip(*rows, strict=True))
+        self._columns: Sequence[Sequence[int]] = tuple(
+            array("q", column) for column in zip(*rows, strict=True)
+        )
         self._length = len(rows)
         self._locate = locate
+
+    @classmethod
+    def of_single_runs(
+        cls, *, file: array[int], offset: array[int], start: array[int], run: array[int]
+    ) -> Extents:
+        """Extents of one run each, by columns."""
+        columns = [file, offset, start, run]
+        in_order = sorted(start)
+        if in_order != start.tolist():
+            order = sorted(range(len(start)), key=start.__getitem__)
+            columns = [array("q", map(column.__getitem__, order)) for column in columns]
+        extents = cls()
+        extents._length = len(start)
+        once, none = _Same(1, len(start)), _Same(0, len(start))
+        extents._columns = (*columns, once, none, none, none)
+        return extents
 
     def __len__(self) -> int:
         return self._length
@@ -111,8 +130,29 @@ class Extents(Sequence[Extent]):
         """Whether any extent has more than one run."""
         if not self._length:
             return False
-        most: int = max(self._columns[Extent._fields.index("runs")])
-        return most > 1
+        runs = self._columns[Extent._fields.index("runs")]
+        return not isinstance(runs, _Same) and max(runs) > 1
+
+    def tiles(self, numel: int) -> bool:
+        """Whether extents of one run each hold `numel` elements, each of them once, in order."""
+        if not self._length:
+            return numel == 0
+        starts, runs = (self._columns[Extent._fields.index(name)] for name in ("start", "run"))
+        ends = array("q", accumulate(runs))
+        return ends[-1] == numel and starts[0] == 0 and ends[:-1] == starts[1:]
+
+
+class _Same(Sequence[int]):
+    """A column of one value."""
+
+    def __init__(self, value: int, length: int) -> None:
+        self._value, self._length = value, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, position: Any) -> Any:
+        return self._value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +228,11 @@ def merge(indexes: Sequence[TensorIndex]) -> TensorIndex:
 
 def tiling_fault(entry: TensorEntry) -> str | None:
     """What is wrong with how the extents cover the tensor; None when they tile it exactly."""
+    is_interleaved = entry.extents.is_interleaved
+    if not is_interleaved and entry.extents.tiles(entry.numel):
+        return None
     runs: Iterable[tuple[int, int]] = _runs(entry.extents)
-    if entry.extents.is_interleaved:
+    if is_interleaved:
         runs = sorted(runs)
     reached = 0
     for start, length in runs:

@@ -11,15 +11,15 @@ base64, little-endian, because a large run writes millions of items.
 from __future__ import annotations
 
 import base64
+import functools
 import json
-import sys
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from bigtrain.checkpoint.blocks import FileDigest, hash_bytes
+from bigtrain.checkpoint.items import StoredItem, StoredItems
 from bigtrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -57,26 +57,6 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class StoredItem:
-    """A contiguous piece of a flattened tensor, stored as it is."""
-
-    tensor: int
-    """Which of the part's tensors."""
-    file: str
-    """Relative to the checkpoint."""
-    payload: int
-    """Of the first element, in bytes from the file's beginning."""
-    start: int
-    numel: int
-    hash: bytes
-    """xxh3-128 of the piece's bytes."""
-    begin: int = 0
-    """Of the torch.save zip in a `.distcp` file that holds it; else 0."""
-    length: int = 0
-    """Of that zip, in bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class StoredObject:
     """An item of a `.distcp` file that is no tensor: a hyperparameter of the optimizer's."""
 
@@ -95,31 +75,19 @@ class Part:
     files: Mapping[str, FileDigest] = field(default_factory=dict)
     """By path relative to the checkpoint."""
     tensors: tuple[StoredTensor, ...] = ()
-    items: tuple[StoredItem, ...] = ()
+    items: Sequence[StoredItem] = ()
     objects: tuple[StoredObject, ...] = ()
 
     def to_bytes(self) -> bytes:
         """As it stands in `manifest/rank-NNNNN.json`."""
-        names = sorted({item.file for item in self.items})
-        number = {name: position for position, name in enumerate(names)}
-        columns = {
-            "tensor": [item.tensor for item in self.items],
-            "file": [number[item.file] for item in self.items],
-            "payload": [item.payload for item in self.items],
-            "start": [item.start for item in self.items],
-            "numel": [item.numel for item in self.items],
-            "begin": [item.begin for item in self.items],
-            "length": [item.length for item in self.items],
-        }
+        items = self.items if isinstance(self.items, StoredItems) else StoredItems.of(self.items)
+        files, columns = items.to_json()
         document = {
             "rank": self.rank,
             "files": {name: _digest_to_json(digest) for name, digest in self.files.items()},
             "tensors": [[t.name, t.kind, t.dtype, t.shape] for t in self.tensors],
-            "item_files": names,
-            "items": {
-                **{name: _pack(column) for name, column in columns.items()},
-                "hash": _text(b"".join(item.hash for item in self.items)),
-            },
+            "item_files": files,
+            "items": columns,
             "objects": [[o.group, o.name, o.file, o.begin, o.length] for o in self.objects],
         }
         return json.dumps(document, separators=(",", ":")).encode()
@@ -127,32 +95,19 @@ class Part:
     @classmethod
     def from_bytes(cls, data: bytes) -> Part:
         """The part that `to_bytes` wrote."""
-        document = json.loads(data)
-        files = document["item_files"]
-        packed = dict(document["items"])
-        hashes = base64.b64decode(packed.pop("hash"))
-        columns = {name: _unpack(column) for name, column in packed.items()}
-        items = tuple(
-            StoredItem(
-                tensor=columns["tensor"][i],
-                file=files[columns["file"][i]],
-                payload=columns["payload"][i],
-                start=columns["start"][i],
-                numel=columns["numel"][i],
-                hash=hashes[16 * i : 16 * i + 16],
-                begin=columns["begin"][i],
-                length=columns["length"][i],
-            )
-            for i in range(len(columns["tensor"]))
-        )
+        # The table of tensors is the same in thousands of parts, and most of a part's text.
+        begin, end = data.find(_TENSORS), data.find(_AFTER_TENSORS)
+        if 0 <= begin < end:
+            tensors = _tensor_table(data[begin + len(_TENSORS) : end])
+            document = json.loads(data[:begin] + data[end:])
+        else:
+            document = json.loads(data)
+            tensors = _tensor_table(json.dumps(document["tensors"]).encode())
         return cls(
             rank=document["rank"],
             files={name: _digest_from_json(entry) for name, entry in document["files"].items()},
-            tensors=tuple(
-                StoredTensor(name=name, kind=kind, dtype=dtype, shape=tuple(shape))
-                for name, kind, dtype, shape in document["tensors"]
-            ),
-            items=items,
+            tensors=tensors,
+            items=StoredItems.from_json(document["item_files"], document["items"]),
             objects=tuple(
                 StoredObject(group=group, name=name, file=file, begin=begin, length=length)
                 for group, name, file, begin, length in document["objects"]
@@ -197,6 +152,19 @@ class Manifest:
         document["param_groups"] = _unplain(document["param_groups"])
         manifest: Manifest = _known(cls, document)
         return manifest
+
+
+# A quote inside a JSON string is escaped, so these stand nowhere else.
+_TENSORS = b',"tensors":'
+_AFTER_TENSORS = b',"item_files":'
+
+
+@functools.lru_cache(maxsize=16)
+def _tensor_table(text: bytes) -> tuple[StoredTensor, ...]:
+    return tuple(
+        StoredTensor(name=name, kind=kind, dtype=dtype, shape=tuple(shape))
+        for name, kind, dtype, shape in json.loads(text)
+    )
 
 
 def part_name(rank: int) -> str:
@@ -273,21 +241,6 @@ def _digest_from_json(entry: Sequence[Any]) -> FileDigest:
 
 def _text(data: bytes) -> str:
     return base64.b64encode(data).decode()
-
-
-def _pack(numbers: Sequence[int]) -> str:
-    column = array("q", numbers)
-    if sys.byteorder == "big":
-        column.byteswap()
-    return _text(column.tobytes())
-
-
-def _unpack(text: str) -> array[int]:
-    column = array("q")
-    column.frombytes(base64.b64decode(text))
-    if sys.byteorder == "big":
-        column.byteswap()
-    return column
 
 
 def _plain(value: Any, *, where: str) -> Any:

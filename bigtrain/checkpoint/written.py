@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bigtrain.checkpoint.blocks import FileDigest, HashingFile
-from bigtrain.checkpoint.manifest import Part, StoredItem, StoredObject, StoredTensor
+from bigtrain.checkpoint.items import StoredItem, StoredItems
+from bigtrain.checkpoint.manifest import Part, StoredObject, StoredTensor
 from bigtrain.checkpoint.pieces import Piece
 
 
@@ -73,6 +74,6 @@ class Written:
             rank=self.rank,
             files=self.files,
             tensors=tuple(self._tensors),
-            items=tuple(self._items),
+            items=StoredItems.of(self._items),
             objects=tuple(self._objects),
         )

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from bigtrain.checkpoint.blocks import FileDigest
+from bigtrain.checkpoint.items import StoredItem
 from bigtrain.checkpoint.manifest import (
     Manifest,
     Part,
     Progress,
-    StoredItem,
     StoredTensor,
     read_manifest,
 )
