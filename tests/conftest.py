@@ -5,6 +5,7 @@ Nothing here imports torch at module level, so that the torch-free tests stay qu
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import subprocess
@@ -88,6 +89,15 @@ def clean_environment(
         "NO_COLOR": "1",
     }.items():
         monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def own_log_level() -> Iterator[None]:
+    """A test whose trainer sets `log_level` does not silence the tests after it."""
+    logger = logging.getLogger("bigtrain")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture

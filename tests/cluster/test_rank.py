@@ -166,7 +166,8 @@ def test_a_class_of_main_is_pickled_and_found_by_workers_of_either_kind(
         **gloo,
     )
     assert done.code == 0, done.err + done.rank_log(0)
-    assert done.out == "all found\n"
+    # On a busy machine multiprocessing's own tracker may have a word to say after it.
+    assert done.out.startswith("all found\n")
 
 
 def test_many_threads_compute_in_a_forked_rank(launcher: Any, gloo: dict[str, Any]) -> None:

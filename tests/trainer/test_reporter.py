@@ -61,7 +61,8 @@ def test_the_console_gets_progress_saves_and_evaluations(
     assert [(event["step"], event["total"]) for event in progress] == [(2, 4), (4, 4)]
     assert progress[0]["eta_s"] > 0 and progress[0]["loss"] > 0
     assert [event["step"] for event in seen if event["kind"] == "saved"] == [4]
-    assert any("eval_loss" in event.get("text", "") for event in seen)
+    (evaluated,) = [event for event in seen if event["kind"] == "evaluated"]
+    assert evaluated["step"] == 4 and evaluated["eval_loss"] > 0
     assert capsys.readouterr().out == ""
 
 
