@@ -20,6 +20,7 @@ def under_a_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     os.set_blocking(reader, False)
     monkeypatch.setenv(EVENT_VARIABLE, describe_pipe(writer))
     monkeypatch.setenv("BIGTRAIN_LOG_DIR", str(tmp_path / "logs"))
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     (tmp_path / "logs").mkdir()
 
     def events() -> list[dict[str, Any]]:
