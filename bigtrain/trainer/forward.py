@@ -114,7 +114,8 @@ class Forward(Optimization):
 
     def _smoothed_loss(self, outputs: Any, labels: Any, num_items: Tensor | int | None) -> Tensor:
         name = unwrap_peft_model(self.accelerator.unwrap_model(self.model))._get_name()
-        shifts = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        # fully_shard gives a model a class of its own, with this prefix.
+        shifts = name.removeprefix("FSDP") in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         smoother: Any = self.label_smoother
         loss: Tensor = smoother(outputs, labels, shift_labels=shifts, num_items_in_batch=num_items)
         return loss
