@@ -46,6 +46,8 @@ def plan_script(target: Path, request: Request, surroundings: Surroundings) -> R
         options=config.engine.options(),
         origins=config.origins,
     )
+    if not facts.uses_bigtrain:
+        _refuse_untold(translation, config)
     name = config.name or target.stem
     going_on = resume(request.resume or "script", {}, surroundings.working_dir)
     started = _script_launching(processes, config, facts, translation, training)
@@ -72,6 +74,16 @@ def _refuse_arguments(
             f"{target.name} uses bigtrain's Trainer, whose arguments say "
             f"{', '.join(sorted(training))}: give it to the script, after --"
         )
+    if faults:
+        raise ConfigError(faults)
+
+
+def _refuse_untold(translation: Translation, config: ScriptConfig) -> None:
+    options = foreign.merge(config.engine.options(), config.training)
+    faults = [
+        f"{config.origins.get(f'engine.{key}', 'the given config')}: engine.{key}: {why}"
+        for key, why in accelerate_environment.faults(translation.engine, options)
+    ]
     if faults:
         raise ConfigError(faults)
 

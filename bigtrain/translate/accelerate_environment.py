@@ -8,16 +8,33 @@ there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from bigtrain.translate.config import (
     DeepSpeedSettings,
     EngineConfig,
+    EngineOptions,
     FsdpSettings,
 )
 
+# What accelerate has no variable for.
+_NOT_TOLD: Mapping[str, tuple[str, str]] = {
+    "shard": ("fsdp", "accelerate shards over all ranks"),
+    "forward_prefetch": ("fsdp", "accelerate has no variable for it"),
+    "reduce_each_micro_batch": ("fsdp", "accelerate has no variable for it"),
+    "reduce_dtype": ("fsdp", "accelerate reduces in the precision that computes"),
+    "master_dtype": ("fsdp", "accelerate keeps fp32 masters"),
+}
 DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
+
+
+def faults(config: EngineConfig, options: EngineOptions) -> Iterator[tuple[str, str]]:
+    """(engine key, what is wrong and the fix) for options that a script would not hear of."""
+    for key, (engine, why) in _NOT_TOLD.items():
+        if engine == config.name and getattr(options, key) is not None:
+            yield key, f"{why}; leave it out, or use bigtrain's Trainer in the script"
 
 
 def variables(
@@ -51,21 +68,30 @@ def _on_cpu(*, is_sharded: bool) -> dict[str, str]:
 
 
 def _deepspeed(settings: DeepSpeedSettings, training: Mapping[str, Any]) -> dict[str, str]:
-    zero = settings.json["zero_optimization"]
-    found = {
+    """The whole JSON, in which the script fills what only it knows (accelerate takes a file's path
+    or the text itself: accelerate/utils/deepspeed.py, `HfDeepSpeedConfig`)."""
+    given = dict(settings.json)
+    for key, argument in _SAID_BY_SCRIPT.items():
+        if argument not in training:
+            given[key] = "auto"
+    given["train_batch_size"] = "auto"
+    for dtype in ("bf16", "fp16"):
+        given[dtype] = {**given[dtype], "enabled": "auto"}
+    if settings.zero_stage == 3:  # its own saving has nothing else to gather the weights by
+        gathers = {"stage3_gather_16bit_weights_on_model_save": True}
+        given["zero_optimization"] = {**given["zero_optimization"], **gathers}
+    return {
         "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(settings.zero_stage),
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(given),
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(settings.zero_stage == 3),
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": _word(settings.zero_stage == 3),
     }
-    for part, name in (("offload_optimizer", "OPTIMIZER"), ("offload_param", "PARAM")):
-        section = zero.get(part) or {}
-        found[f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE"] = section.get("device", "none")
-        if section.get("nvme_path"):
-            found[f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_NVME_PATH"] = section["nvme_path"]
-    if training.get("max_grad_norm"):
-        found["ACCELERATE_GRADIENT_CLIPPING"] = str(training["max_grad_norm"])
-    return found
+
+
+_SAID_BY_SCRIPT = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
 
 
 def _fsdp(settings: FsdpSettings, training: Mapping[str, Any]) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""A script as people have it: transformers' own Trainer, and not a word about processes."""
+"""A script as people have it: a Trainer of transformers', extended as TRL and others extend it, and
+not a word about processes."""
 
 import json
 import sys
@@ -41,6 +42,17 @@ class Witness(TrainerCallback):
         Path(sys.argv[1], f"rank-{args.process_index}.json").write_text(json.dumps(seen))
 
 
+class OwnLoss(Trainer):
+    """Computes the loss itself."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        logits = outputs.logits[:, :-1].flatten(0, 1).float()
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        return (loss, outputs) if return_outputs else loss
+
+
 def main() -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -63,7 +75,7 @@ def main() -> None:
         disable_tqdm=True,
         bf16="--bf16" in sys.argv,
     )
-    Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[Witness()]).train()
+    OwnLoss(model=model, args=args, train_dataset=Tokens(), callbacks=[Witness()]).train()
 
 
 if __name__ == "__main__":

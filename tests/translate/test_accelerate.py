@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigtrain.errors import ConfigError
+from bigtrain.layers import Override
+from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.translate import accelerate_environment, topology_for, translate
 from bigtrain.translate.accelerate_config import overrides
 from bigtrain.translate.config import EngineName, EngineOptions
@@ -105,16 +109,55 @@ def _variables(engine: EngineName, device: Any = "cuda", **options: Any) -> dict
 
 
 def test_variables_of_zero3_golden() -> None:
-    assert _variables("zero3", offload_optimizer="cpu") == {
+    found = _variables("zero3", offload_optimizer="cpu", secondary_shard=2)
+
+    given = json.loads(found.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE"))
+    assert found == {
         "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": "true",
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
-        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-        "ACCELERATE_GRADIENT_CLIPPING": "0.5",
         "ACCELERATE_MIXED_PRECISION": "bf16",
     }
+    assert [key for key, value in given.items() if value == "auto"] == [
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+    ]
+    assert given["gradient_clipping"] == 0.5
+    assert given["bf16"]["enabled"] == "auto"
+    zero = given["zero_optimization"]
+    assert (zero["stage"], zero["zero_hpz_partition_size"]) == (3, 2)
+    assert zero["offload_optimizer"]["device"] == "cpu"
+    assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_accelerate_takes_the_json_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate.utils import DeepSpeedPlugin
+
+    for name, value in _variables("zero2", reduce_dtype="bf16").items():
+        monkeypatch.setenv(name, value)
+
+    plugin = DeepSpeedPlugin()
+
+    assert plugin.zero_stage == 2
+    assert plugin.deepspeed_config["communication_data_type"] == "bf16"
+
+
+def test_options_that_a_script_would_not_hear_of_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("import accelerate\n")
+    said = (
+        Override(key="engine", value="fsdp", origin="flag --engine"),
+        Override(key="engine.forward_prefetch", value=2, origin="--set"),
+        Override(key="cluster.procs_per_node", value=2, origin="--set"),
+    )
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+
+    with pytest.raises(ConfigError) as raised:
+        make_plan(Request(target="train.py", overrides=said), surroundings)
+
+    assert str(raised.value) == (
+        "--set: engine.forward_prefetch: accelerate has no variable for it; leave it out, or use "
+        "bigtrain's Trainer in the script"
+    )
 
 
 def test_variables_of_fsdp_golden() -> None:
