@@ -149,13 +149,24 @@ def _submit(launch: Launch) -> int:
     plans = _plans_of_job(launch)
     settings = read_settings(plans[0].slurm, origins=_origins_of_options(plans[0]))
     if launch.dry_run:
-        typer.echo(describe(plans, settings=settings), nl=False)
-        return 0
+        return _show_job(plans, describe(plans, settings=settings), launch)
     taken = submit(plans, settings=settings, environment=launch.environment)
     if launch.as_json:
         typer.echo(json.dumps({"kind": "submitted", "job_id": taken.job_id, "log": taken.log}))
     else:
         typer.echo(f"job {taken.job_id}, {_shape(plans)}\nlog {taken.log}")
+    return 0
+
+
+def _show_job(plans: Sequence[RunPlan], script: str, launch: Launch) -> int:
+    """The script alone on stdout, as sbatch takes it; the plan (the first of a sweep) beside it."""
+    plan = plans[0]
+    found = forecast_here(plan, launch.environment)
+    if launch.as_json:
+        typer.echo(json.dumps(plan_as_json(plan, found) | {"script": script}, indent=2))
+        return 0
+    typer.echo(report(plan, found, shows_all=launch.shows_all) + "\n", err=True)
+    typer.echo(script, nl=False)
     return 0
 
 

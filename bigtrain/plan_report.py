@@ -12,6 +12,7 @@ from bigtrain import memory_report
 from bigtrain.arguments.schema import defaults, load_schema
 from bigtrain.plan import RunPlan
 from bigtrain.planning.forecast import Forecast
+from bigtrain.translate.accelerate_environment import SAID_BY_SCRIPT
 from bigtrain.translate.config import DeepSpeedSettings
 
 _LONGEST_VALUE = 60
@@ -138,7 +139,23 @@ def _engine_rows(plan: RunPlan) -> list[tuple[str, ...]]:
         if isinstance(engine.settings, DeepSpeedSettings)
         else dataclasses.asdict(engine.settings)
     )
-    return rows + [(key, short(value)) for key, value in leaves("", settings)]
+    said = _as_the_script_says(plan)
+    if "bf16.enabled" in said:
+        rows[1] = ("precision", f"computes as the script says, masters {engine.master_dtype}")
+    return rows + [
+        (key, "as the script says" if key in said else short(value))
+        for key, value in leaves("", settings)
+    ]
+
+
+def _as_the_script_says(plan: RunPlan) -> set[str]:
+    """Settings that a script fills itself, with its own arguments."""
+    if plan.kind == "run_file":
+        return set()
+    said = {key for key, argument in SAID_BY_SCRIPT.items() if argument not in plan.training}
+    if not {"bf16", "fp16"} & set(plan.training):
+        said |= {"bf16.enabled", "fp16.enabled"}
+    return said | {"train_batch_size"}
 
 
 def leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -192,7 +192,8 @@ def test_a_script_is_planned_with_its_arguments(folder: Path) -> None:
         f"output {folder}/logs (flag --output-dir: plan and logs; "
         "the script's own output goes where it says)"
     ) in lines
-    assert "cluster.env.ACCELERATE_DEEPSPEED_ZERO_STAGE" in shown
+    assert "cluster.env.ACCELERATE_DEEPSPEED_CONFIG_FILE" in shown
+    assert "gradient_clipping as the script says" in lines
 
 
 def test_planning_imports_no_torch_and_takes_no_time(folder: Path) -> None:

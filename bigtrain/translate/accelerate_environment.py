@@ -27,6 +27,12 @@ _NOT_TOLD: Mapping[str, tuple[str, str]] = {
     "reduce_dtype": ("fsdp", "accelerate reduces in the precision that computes"),
     "master_dtype": ("fsdp", "accelerate keeps fp32 masters"),
 }
+SAID_BY_SCRIPT: Mapping[str, str] = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+}
+"""DeepSpeed's key → the argument by which the script says it, unless the launcher did."""
 DEVICE_VARIABLE = "ACCELERATE_TORCH_DEVICE"
 
 
@@ -71,7 +77,7 @@ def _deepspeed(settings: DeepSpeedSettings, training: Mapping[str, Any]) -> dict
     """The whole JSON, in which the script fills what only it knows (accelerate takes a file's path
     or the text itself: accelerate/utils/deepspeed.py, `HfDeepSpeedConfig`)."""
     given = dict(settings.json)
-    for key, argument in _SAID_BY_SCRIPT.items():
+    for key, argument in SAID_BY_SCRIPT.items():
         if argument not in training:
             given[key] = "auto"
     given["train_batch_size"] = "auto"
@@ -85,13 +91,6 @@ def _deepspeed(settings: DeepSpeedSettings, training: Mapping[str, Any]) -> dict
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": json.dumps(given),
         "ACCELERATE_DEEPSPEED_ZERO3_INIT": _word(settings.zero_stage == 3),
     }
-
-
-_SAID_BY_SCRIPT = {
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-}
 
 
 def _fsdp(settings: FsdpSettings, training: Mapping[str, Any]) -> dict[str, str]:

@@ -65,6 +65,8 @@ def test_a_dry_run_prints_the_batch_script_and_writes_nothing(folder: Path) -> N
         "--time=24:00:00",
         "--qos=high",
     ]
+    assert "engine.name" in done.stderr
+    assert "Memory" in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
 
 
