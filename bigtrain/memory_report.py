@@ -96,10 +96,18 @@ def _memory_rows(forecast: Forecast, memory: MemoryPlan) -> Iterator[Row]:
     yield "logits", size(memory.logits) if memory.logits else "in the activations"
     if memory.host:
         yield "in host memory", f"{size(memory.host)} for each rank, offloaded"
-    yield "peak", f"{size(memory.peak)}, {_moment(at.name)} (activations by {memory.method})"
+    yield "peak", f"{size(memory.peak)}, {_moment(at.name)} (activations by {_method(forecast)})"
     judged = _judged(forecast)
     if judged:
         yield "margin", judged
+
+
+def _method(forecast: Forecast) -> str:
+    memory, shapes = forecast.memory, forecast.model.shapes
+    if memory is None or shapes is None or memory.method == "trace":
+        return "trace"
+    known = shapes.architecture is not None and shapes.architecture.is_measured
+    return "formula" if known else "the formula for Llama's kin, for want of its own; use --trace"
 
 
 def _activations(forecast: Forecast, memory: MemoryPlan) -> str:

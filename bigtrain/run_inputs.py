@@ -26,28 +26,31 @@ def faults(
 ) -> Iterator[tuple[str, str]]:
     """(`section.key`, what is wrong and the fix). Relative paths are looked for under `root`.
 
-    A section that is None is passed over.
+    A section that is None is passed over; without a tokenizer's, the model brings its own.
     """
     if model is not None and model.name is not None:
-        yield from _directory_faults("model.name", model.name, "config.json", root)
+        needed = ("config.json",) if tokenizer else ("config.json", "tokenizer_config.json")
+        yield from _directory_faults("model.name", model.name, needed, root)
     if tokenizer is not None and tokenizer.name is not None:
-        yield from _directory_faults(
-            "tokenizer.name", tokenizer.name, "tokenizer_config.json", root
-        )
+        needed = ("tokenizer_config.json",)
+        yield from _directory_faults("tokenizer.name", tokenizer.name, needed, root)
     if data is not None:
         yield from _data_faults(data, root)
 
 
-def _directory_faults(key: str, name: str, needed: str, root: Path) -> Iterator[tuple[str, str]]:
+def _directory_faults(
+    key: str, name: str, needed: tuple[str, ...], root: Path
+) -> Iterator[tuple[str, str]]:
     """A name that can only be a path, or that is one here, has to hold what is loaded from it."""
     path = root / Path(name).expanduser()
     if not path.is_dir():
         if name.startswith(_PATH_STARTS):
             yield key, f"{name} is not a directory{_nearest(path)}"
         return
-    if not (path / needed).is_file():
+    lacking = [file for file in needed if not (path / file).is_file()]
+    if lacking:
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        yield key, f"{name} has no {needed}; it holds {names}"
+        yield key, f"{name} has no {' and no '.join(lacking)}; it holds {names}"
 
 
 def _nearest(path: Path) -> str:

@@ -113,6 +113,22 @@ def test_a_model_s_directory_has_to_hold_one(tmp_path: Path, said: str, message:
     assert str(raised.value) == f"run.yaml:1: model.name: {message}"
 
 
+def test_a_model_s_directory_has_to_hold_its_tokenizer_unless_another_is_named(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+    text = "model: ./model\ndata: builtin:python-docs\n"
+
+    (tmp_path / "run.yaml").write_text(text + "tokenizer: {kind: bytes}\n")
+    make_plan(Request(target="run.yaml"), surroundings)
+
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"\./model has no tokenizer_config\.json; it holds conf"):
+        make_plan(Request(target="run.yaml"), surroundings)
+
+
 def test_a_name_of_built_in_text_has_to_be_one(tmp_path: Path) -> None:
     assert "is not one of builtin:python-docs" in _faults(tmp_path, "name: 'builtin:poems'")[0]
 

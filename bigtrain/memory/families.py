@@ -63,6 +63,7 @@ def architecture(config: Config) -> Architecture | None:
         experts_per_token=(read("num_experts_per_tok", default=1) or 1) if experts else 0,
         has_qk_norm=str(whole.get("model_type")).startswith("qwen3"),
         is_gated=whole.get("model_type") not in ("gpt2", "gpt_neox", "opt"),
+        is_measured=whole.get("model_type") in FAMILIES,
     )
 
 

@@ -69,6 +69,8 @@ class Architecture:
     experts_per_token: int = 0
     has_qk_norm: bool = False
     is_gated: bool = True
+    is_measured: bool = True
+    """Whether the formula of activations was compared with models of this family."""
 
 
 @dataclass(frozen=True, kw_only=True)

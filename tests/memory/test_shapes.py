@@ -175,3 +175,11 @@ def test_lora_s_shapes_are_peft_s() -> None:
 
 def test_an_unknown_width_is_not_made_up() -> None:
     assert architecture({"model_type": "resnet"}) is None
+
+
+def test_a_family_that_the_formula_was_not_compared_with_is_marked() -> None:
+    known = architecture({"model_type": "llama"})
+    other = architecture({"model_type": "gpt2"})
+
+    assert known is not None and known.is_measured
+    assert other is not None and not other.is_measured

@@ -95,6 +95,7 @@ def test_the_worker_s_imports_are_known_beforehand(folder: Path) -> None:
 def test_a_local_model_s_config_sizes_the_buckets(folder: Path) -> None:
     (folder / "model").mkdir()
     (folder / "model/config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 1000}))
+    (folder / "model/tokenizer_config.json").write_text("{}")
     assignments = ("engine=zero2", "model=model", "tokenizer=null")
 
     settings: Any = _make(folder, "model.config=null", *assignments).engine.settings
@@ -342,8 +343,9 @@ def test_nvme_is_for_scripts_of_others(folder: Path) -> None:
     assert "offload to nvme works for scripts" in _fault(folder, *assignments)
     (folder / "train.py").write_text("from transformers import Trainer\n")
     plan = _make(folder, *assignments, target="train.py")
-    assert plan.environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] == "nvme"
-    assert plan.environment["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_NVME_PATH"] == "/local"
+    told = json.loads(plan.environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
+    assert told["zero_optimization"]["offload_optimizer"]["device"] == "nvme"
+    assert told["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/local"
 
 
 def test_what_a_script_with_bigtrain_s_trainer_says_itself_is_refused(folder: Path) -> None:
