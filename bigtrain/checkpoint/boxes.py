@@ -77,6 +77,11 @@ def box_extents(
     """
     if box.numel == 0:
         return
+    whole_rows = tuple(box.sizes[1:]) == tuple(shape[1:]) and not any(box.offsets[1:])
+    if file_strides is None and shape and whole_rows:
+        row = math.prod(shape[1:])
+        yield Extent(file, offset, box.offsets[0] * row, box.sizes[0] * row)
+        return
     outer = contiguous_strides(shape)
     inner = tuple(file_strides) if file_strides is not None else contiguous_strides(box.sizes)
     start = sum(at * stride for at, stride in zip(box.offsets, outer, strict=True))

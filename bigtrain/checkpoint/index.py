@@ -14,7 +14,8 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, islice
+from operator import le
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,8 +77,7 @@ class Extents(Sequence[Extent]):
     ) -> Extents:
         """Extents of one run each, by columns."""
         columns = [file, offset, start, run]
-        in_order = sorted(start)
-        if in_order != start.tolist():
+        if not all(map(le, start, islice(start, 1, None))):
             order = sorted(range(len(start)), key=start.__getitem__)
             columns = [array("q", map(column.__getitem__, order)) for column in columns]
         extents = cls()

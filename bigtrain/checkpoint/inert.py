@@ -8,8 +8,10 @@ hostile file can't even change the meaning of the next.
 
 from __future__ import annotations
 
+import gc
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,7 +52,7 @@ class Inert:
     def __setstate__(self, state: Any) -> None:
         self.state = state
         if isinstance(state, dict):
-            self.fields.update(state)
+            self.fields = {**self.fields, **state} if self.fields else state
 
     def __call__(self, *args: Any) -> Inert:
         """What `getattr(module, name)(…)` would have made, were there anything behind it."""
@@ -112,7 +114,8 @@ def read_pickle(stream: IO[bytes], *, path: Path) -> Any:
 def load(unpickler: InertUnpickler, *, path: Path) -> Any:
     """What `unpickler` reads; any fault of the file's as a CheckpointError."""
     try:
-        return unpickler.load()
+        with without_collecting():
+            return unpickler.load()
     except CheckpointError:
         raise
     except Exception as fault:  # a damaged pickle can raise anything at all
@@ -120,6 +123,18 @@ def load(unpickler: InertUnpickler, *, path: Path) -> Any:
             f"{path}: its structure can't be read ({type(fault).__name__}: {fault}); "
             "the file is damaged or not what it seems"
         ) from fault
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """Looks for no garbage: among millions of new objects that are all kept, it only takes time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def read_name(value: Any) -> str | None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from bigtrain.checkpoint.boxes import Box, box_extents, contiguous_strides
 from bigtrain.checkpoint.dtypes import DType, dtype_named
 from bigtrain.checkpoint.index import WEIGHT, Extent, Extents, TensorEntry, TensorIndex
-from bigtrain.checkpoint.inert import Inert, class_name, read_name, read_pickle
+from bigtrain.checkpoint.inert import Inert, class_name, read_name, read_pickle, without_collecting
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -30,8 +30,7 @@ _STATES = (f"{STATE}.", "optimizer.state.")
 _GROUPS = (f"{GROUPS}.", "optimizer.param_groups.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Item:
+class _Item(NamedTuple):
     """One stored item, as `_StorageInfo` has it."""
 
     file: int
@@ -68,7 +67,11 @@ def read_dcp(directory: Path, *, tells_bare: bool = False) -> TensorIndex:
     With `tells_bare`, `model.` counts as a part of weights' own names where not every weight's key
     begins with it: then a bare state dict was saved, whose modules have that name.
     """
-    found = _read_metadata(directory)
+    with without_collecting():
+        return _index(_read_metadata(directory), tells_bare=tells_bare)
+
+
+def _index(found: _Directory, *, tells_bare: bool) -> TensorIndex:
     weights = [key for key in found.tensors if split_key(key)[1] == WEIGHT]
     is_bare = tells_bare and not all(key.startswith(f"{MODEL}.") for key in weights)
     chunks: dict[tuple[int, int], _Chunk] = {}
@@ -135,8 +138,10 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
                 f"{directory}: stored through the transforms {where['transform_descriptors']}, "
                 "which are not known here"
             )
-        file = files.setdefault(_inside(directory, where["relative_path"]), len(files))
-        item = _Item(file=file, offset=where["offset"], length=where["length"])
+        name = where["relative_path"]
+        if name not in files:
+            files[_inside(directory, name)] = len(files)
+        item = _Item(file=files[name], offset=where["offset"], length=where["length"])
         items[index.fields["fqn"], index.fields.get("offset")] = item
     tensors = {}
     objects = set()

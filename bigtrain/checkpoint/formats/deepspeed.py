@@ -12,15 +12,15 @@ https://github.com/deepspeedai/DeepSpeed/blob/master/deepspeed/utils/zero_to_fp3
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bigtrain.checkpoint.boxes import Box, box_extents
 from bigtrain.checkpoint.dtypes import DTYPES, DType
 from bigtrain.checkpoint.formats.deepspeed_files import Saved, read_saved
+from bigtrain.checkpoint.formats.segments import EqualVectors, Segment, extents_in
 from bigtrain.checkpoint.index import BUFFER, WEIGHT, Extent, Extents, TensorEntry, TensorIndex
 from bigtrain.checkpoint.torch_file import TensorRef
 from bigtrain.errors import CheckpointError
@@ -53,33 +53,6 @@ def read_deepspeed(directory: Path) -> DeepSpeedCheckpoint:
         raise CheckpointError(
             f"{directory}: not laid out as DeepSpeed's ZeRO stage {saved.stage} is ({fault!r})"
         ) from fault
-
-
-class _Segment(NamedTuple):
-    """A stored vector that is a part of a longer one, from its element `start` on."""
-
-    start: int
-    numel: int
-    file: int
-    offset: int
-    itemsize: int
-
-
-def _extents(segments: Sequence[_Segment], *, at: int, numel: int, start: int) -> Iterator[Extent]:
-    """Where elements [at, at + numel) of the long vector lie, as those of a tensor from `start`."""
-    first = max(0, bisect_right(segments, at, key=lambda segment: segment.start) - 1)
-    for segment in segments[first:]:
-        if segment.start >= at + numel:
-            return
-        low = max(at, segment.start)
-        high = min(at + numel, segment.start + segment.numel)
-        if low < high:
-            yield Extent(
-                file=segment.file,
-                offset=segment.offset + (low - segment.start) * segment.itemsize,
-                start=start + low - at,
-                run=high - low,
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +133,7 @@ class _Reader:
                 self._add_kind(kind, places, [self._partitions(vectors, size)])
             self._add_step(places, states)
 
-    def _partitions(self, vectors: Sequence[TensorRef], size: int) -> list[_Segment]:
+    def _partitions(self, vectors: Sequence[TensorRef], size: int) -> list[Segment]:
         """One long vector, of which each rank stored its partition."""
         return [
             self._segment(vector, start=rank * size, numel=min(size, math.prod(vector.shape)))
@@ -229,8 +202,8 @@ class _Reader:
                 self.opaque.add(kind)
         return kinds
 
-    def _joined(self, vectors: Sequence[TensorRef]) -> list[_Segment]:
-        segments: list[_Segment] = []
+    def _joined(self, vectors: Sequence[TensorRef]) -> list[Segment]:
+        segments: list[Segment] = []
         start = 0
         for vector in vectors:
             numel = math.prod(vector.shape)
@@ -238,23 +211,28 @@ class _Reader:
             start += numel
         return segments
 
-    def _segment(self, vector: TensorRef, *, start: int, numel: int) -> _Segment:
+    def _segment(self, vector: TensorRef, *, start: int, numel: int) -> Segment:
         if vector.strides not in ((1,), ()) and numel > 1:
             raise CheckpointError(f"{vector.file}: a flat vector is stored with gaps")
-        return _Segment(start, numel, self._file(vector.file), vector.offset, vector.dtype.itemsize)
+        return Segment(start, numel, self._file(vector.file), vector.offset, vector.dtype.itemsize)
 
     def _add_kind(
-        self, kind: str, places: Mapping[str, _Place], vectors: Sequence[Sequence[_Segment]]
+        self, kind: str, places: Mapping[str, _Place], vectors: Sequence[Sequence[Segment]]
     ) -> None:
         """The tensors of one kind; `vectors` are one for all ranks, or one for each."""
         dtype = self._dtype_of(kind)
+        equal = EqualVectors.of(vectors)
         for name, place in places.items():
             share = -(-place.numel // len(vectors))
+            at_once = equal and equal.extents(at=place.at, share=share, numel=place.numel)
+            if at_once:
+                self._add(name, kind, place.shape, dtype, at_once)
+                continue
             extents: list[Extent] = []
             for rank, segments in enumerate(vectors):
                 start = rank * share
                 numel = min(share, place.numel - start)
-                extents += _extents(segments, at=place.at, numel=numel, start=start)
+                extents += extents_in(segments, at=place.at, numel=numel, start=start)
             self._add(name, kind, place.shape, dtype, extents)
 
     def _dtype_of(self, kind: str) -> DType:
@@ -292,7 +270,7 @@ class _Reader:
             for rank, fragments in enumerate(pieces):
                 stored = fragments[name]
                 numel = min(share, math.prod(shape) - rank * share)
-                extents += _extents(self._joined([stored]), at=0, numel=numel, start=rank * share)
+                extents += extents_in(self._joined([stored]), at=0, numel=numel, start=rank * share)
             self._add(name, WEIGHT, shape, pieces[0][name].dtype, extents)
 
     def _add_module(self) -> None:
@@ -334,12 +312,18 @@ class _Reader:
         self._add(name, kind, stored.shape, stored.dtype, list(extents))
 
     def _add(
-        self, name: str, kind: str, shape: tuple[int, ...], dtype: DType, extents: list[Extent]
+        self,
+        name: str,
+        kind: str,
+        shape: tuple[int, ...],
+        dtype: DType,
+        extents: list[Extent] | Extents,
     ) -> None:
         if (name, kind) in self.entries:
             raise CheckpointError(f"{self.saved.directory}: the {kind} of {name} is stored twice")
+        whole = extents if isinstance(extents, Extents) else Extents(extents)
         self.entries[name, kind] = TensorEntry(
-            name=name, kind=kind, shape=shape, dtype=dtype, extents=Extents(extents)
+            name=name, kind=kind, shape=shape, dtype=dtype, extents=whole
         )
 
     def _file(self, path: Path) -> int:
