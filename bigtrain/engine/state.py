@@ -118,6 +118,15 @@ def load_groups(optimizer: Optimizer, names: Sequence[Sequence[str]], source: St
                 group[key] = theirs[key]
 
 
+def cannot_divide(name: str, kind: str, shape: Sequence[int], parameter: Sequence[int]) -> str:
+    """The message where an optimizer keeps what has not one number for each of its parameter's."""
+    return (
+        f"the optimizer's {kind!r} of {name!r} has shape {tuple(shape)}, its parameter "
+        f"{tuple(parameter)}: such a state can't be divided over ranks; save and resume it with "
+        "engine ddp or single, or go on with a new optimizer (reset_optimizer: true)"
+    )
+
+
 def load_scalar(
     source: StateSource, name: str, kind: str, group: Mapping[str, Any], device: torch.device
 ) -> Any:
@@ -202,8 +211,11 @@ class TrainingState:
     def _place_moment(self, name: str, kind: str, value: Any) -> Placement:
         if not isinstance(value, Tensor):
             return whole(number_tensor(name, kind, value), owned=self._is_main)
-        if value.shape == self.parameters[name].shape:
+        parameter = self.parameters[name]
+        if value.shape == parameter.shape:
             return self._place(value)
+        if value.ndim and self._place(parameter).local.shape != parameter.shape:
+            raise CheckpointError(cannot_divide(name, kind, value.shape, parameter.shape))
         return whole(value, owned=self._is_main)
 
     def _load_moment(
@@ -222,11 +234,7 @@ class TrainingState:
             read_placed(source, name, kind, self._place(moment))
             return moment
         if shape != () and self._place(parameter).local.shape != parameter.shape:
-            raise CheckpointError(
-                f"the optimizer's {kind!r} of {name!r} has shape {shape}, its parameter "
-                f"{tuple(parameter.shape)}: such a state can't be split over ranks; "
-                "resume with the engine that wrote it, or start with a new optimizer"
-            )
+            raise CheckpointError(cannot_divide(name, kind, shape, parameter.shape))
         return load_scalar(source, name, kind, group, parameter.device)
 
     def _trained(self) -> Optimizer:

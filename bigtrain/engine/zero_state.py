@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from bigtrain.engine.protocol import BUFFER, WEIGHT, LocalTensor, StateSource
 from bigtrain.engine.state import (
     Placement,
+    cannot_divide,
     load_scalar,
     named_buffers,
     named_parameters,
@@ -131,6 +132,8 @@ class ZeroState:
             value = torch.tensor(float(value))
         if not isinstance(value, Tensor):
             value = number_tensor(member.name, kind, value)
+        if value.ndim:
+            raise CheckpointError(cannot_divide(member.name, kind, value.shape, member.shape))
         return whole(value, owned=self._is_main)
 
     def _load_moment(self, group: FlatGroup, kind: str, source: StateSource) -> Any:
@@ -145,11 +148,9 @@ class ZeroState:
                 read_placed(source, member.name, kind, placed)
             return moment
         if shapes != {()}:
-            raise CheckpointError(
-                f"the optimizer's {kind!r} of {having[0].name!r} has another shape than its "
-                "parameter: ZeRO can't split such a state over ranks; resume with the engine "
-                "that wrote it, or start with a new optimizer"
-            )
+            first = having[0]
+            shape = source.shape(first.name, kind)
+            raise CheckpointError(cannot_divide(first.name, kind, shape, first.shape))
         return self._load_shared_scalar(group, having, kind, source)
 
     def _load_shared_scalar(
