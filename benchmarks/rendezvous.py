@@ -4,6 +4,8 @@ Every agent is a thread that does all that a node's agent does between its start
 when it knows where the ranks' store is: it dials, proves itself, says what it has and waits for
 the last one. The first node runs the real thing in a process of its own. As a comparison, the same
 number of clients meet at torch's TCPStore by counting up one key, as launchers do that use it.
+All agents share this machine's cores with the first node, which on a cluster has its own: the
+first node's processor time, shown beside the whole, is the part that grows there.
 
     python benchmarks/rendezvous.py --agents 64 512 4096 --repeats 3 [--json] [--no-store]
 """
@@ -21,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 from bigtrain.cluster.rendezvous import Joined, Member, Seat, join
@@ -29,6 +32,15 @@ _PROCESSES = 8
 _HEAD_START_S = 0.5
 _STACK_BYTES = 256 * 1024
 _FACTS = {"versions": dict.fromkeys("abcdefgh", "1.2.3"), "plan": {"x": "0" * 900}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Meeting:
+    """How long one took."""
+
+    seconds: float
+    head_cpu_s: float
+    """Of the first node's process: the agents have processes of their own."""
 
 
 def main() -> None:
@@ -58,9 +70,15 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _repeat(times: int, measure: Callable[[int], float], agents: int) -> dict[str, float]:
-    seconds = [measure(agents) for _ in range(times)]
-    return {"median": statistics.median(seconds), "min": min(seconds), "max": max(seconds)}
+def _repeat(times: int, measure: Callable[[int], Meeting], agents: int) -> dict[str, float]:
+    meetings = [measure(agents) for _ in range(times)]
+    seconds = [meeting.seconds for meeting in meetings]
+    return {
+        "median": statistics.median(seconds),
+        "min": min(seconds),
+        "max": max(seconds),
+        "head_cpu": statistics.median(meeting.head_cpu_s for meeting in meetings),
+    }
 
 
 def _show(row: dict[str, Any]) -> None:
@@ -68,7 +86,10 @@ def _show(row: dict[str, Any]) -> None:
     for name, label in (("join_s", "bigtrain"), ("tcpstore_s", "torch TCPStore")):
         if name in row:
             times = row[name]
-            parts.append(f"{label} {times['median']:.3f} s ({times['min']:.3f}-{times['max']:.3f})")
+            parts.append(
+                f"{label} {times['median']:.3f} s ({times['min']:.3f}-{times['max']:.3f}), "
+                f"of the first node {times['head_cpu']:.3f}"
+            )
     print("  ".join(parts), flush=True)
 
 
@@ -84,8 +105,8 @@ def _seat(node_rank: int, agents: int, job: str) -> Seat:
     )
 
 
-def _meet(agents: int) -> float:
-    """Seconds from the word to go until the last agent has heard that all are there."""
+def _meet(agents: int) -> Meeting:
+    """From the word to go until the last agent has heard that all are there."""
     job = secrets.token_hex(8)
 
     def agent(rank: int) -> None:
@@ -103,7 +124,7 @@ def _decide(members: list[Member]) -> dict[str, Any]:
     return {"nodes": len(members)}
 
 
-def _meet_at_store(agents: int) -> float:
+def _meet_at_store(agents: int) -> Meeting:
     """The same through torch: every client adds one to a key and waits for the last one's word."""
     import socket
 
@@ -127,7 +148,7 @@ def _meet_at_store(agents: int) -> float:
     return _run(agents, agent=agent, head=head)
 
 
-def _run(agents: int, *, agent: Callable[[int], None], head: Callable[[], object]) -> float:
+def _run(agents: int, *, agent: Callable[[int], None], head: Callable[[], object]) -> Meeting:
     context = multiprocessing.get_context("fork")
     shares = [range(1 + k, agents, _PROCESSES) for k in range(min(_PROCESSES, agents - 1))]
     ready, done = context.Semaphore(0), context.Semaphore(0)
@@ -145,11 +166,11 @@ def _run(agents: int, *, agent: Callable[[int], None], head: Callable[[], object
         # would be compared, and not the meeting.
         meeting = pool.submit(head)
         time.sleep(_HEAD_START_S)
-        started = time.monotonic()
+        started, used = time.monotonic(), time.process_time()
         go.set()
         for _ in workers:
             done.acquire()
-        seconds = time.monotonic() - started
+        seconds, head_cpu_s = time.monotonic() - started, time.process_time() - used
         kept = meeting.result()
     leave.set()
     for worker in workers:
@@ -160,7 +181,7 @@ def _run(agents: int, *, agent: Callable[[int], None], head: Callable[[], object
         for connection in (kept.listener, *kept.connections.values()):
             if connection is not None:
                 connection.close()
-    return seconds
+    return Meeting(seconds=seconds, head_cpu_s=head_cpu_s)
 
 
 def _agents(

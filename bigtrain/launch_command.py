@@ -258,7 +258,7 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool
     if is_restart:
         made = dataclasses.replace(made, resume="auto")
     if launch.dry_run:
-        return _show(made, local.describe(made), launch)
+        return _show(made, local.describe(made, node_rank=seat.node_rank), launch)
     seat = dataclasses.replace(
         seat, interface=made.interface, deadline_s=float(made.join_timeout_s)
     )

@@ -66,10 +66,9 @@ def compare(members: Sequence[Member], plan: RunPlan) -> list[str]:
     return [*_odd_clocks(members), *_odd_devices(members)]
 
 
-def saves_on_shared_storage_only(plan: RunPlan) -> bool:
-    """Whether checkpoints are written that another node would look for on its own disk."""
-    saves = plan.training.get("save_strategy", "steps") != "no"
-    return saves and not plan.training.get("save_on_each_node", False)
+def saves(plan: RunPlan) -> bool:
+    """Whether checkpoints are written, which the ranks of another node must find at a resume."""
+    return bool(plan.training.get("save_strategy", "steps") != "no")
 
 
 def _versions() -> dict[str, str]:
@@ -124,13 +123,13 @@ def _missing_gpus(members: Sequence[Member], plan: RunPlan) -> list[str]:
 
 def _unshared_storage(members: Sequence[Member], plan: RunPlan) -> list[str]:
     blind = [m.host for m in members if not m.facts.get("sees_output", True)]
-    if not blind or not saves_on_shared_storage_only(plan):
+    if not blind or not saves(plan):
         return []
     return [
         f"output_dir {plan.output_dir} is not the same storage everywhere: "
         f"{', '.join(blind[:_MOST_NODES])} can't see what {members[0].host} wrote there, so a "
-        "resume would not find the checkpoint; give a directory that all nodes share, or set "
-        "training.save_on_each_node: true"
+        "resume would not find the checkpoint; give an output_dir that all nodes share, or save "
+        "none (training.save_strategy: no)"
     ]
 
 

@@ -41,15 +41,15 @@ def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
         console.close()
 
 
-def describe(plan: RunPlan) -> list[str]:
-    """What `launch` would start: one line for the node, one for every rank."""
+def describe(plan: RunPlan, *, node_rank: int = 0) -> list[str]:
+    """What would start on a node: one line for the node, one for every rank."""
     logs = NodeLogs.of(
-        output_dir=plan.output_dir, attempt=plan.attempt, node_rank=0, host=platform.node()
+        output_dir=plan.output_dir, attempt=plan.attempt, node_rank=node_rank, host=platform.node()
     )
     lines = [_start_line(plan), f"logs: {logs.directory}"]
     if plan.start_method == "fork" and plan.preload:
         lines.append(f"imported once: {', '.join(plan.preload)}")
-    place = Place(node_rank=0, store_host="127.0.0.1", store_port=0)
+    place = Place(node_rank=node_rank, store_host="127.0.0.1", store_port=0)
     for local_rank in range(plan.topology.procs_per_node):
         variables = environment.for_rank(
             plan, plan_path="", local_rank=local_rank, place=place, logs=logs, restarts=0

@@ -9,6 +9,7 @@ The template is plain bash with three comment lines that are replaced:
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -49,6 +50,19 @@ class JobRequest:
     def plan(self) -> RunPlan:
         return self.plans[0]
 
+    @property
+    def name(self) -> str:
+        """Of the job; of a sweep, whose runs are named `run/value`, the part before."""
+        return os.path.commonpath([plan.name for plan in self.plans]) or self.plan.name
+
+    @property
+    def log(self) -> Path:
+        """Where the job's own output goes; `%j` (of an array: `%A_%a`) stands for its number."""
+        if len(self.plans) == 1:
+            return Path(self.plan.output_dir) / "slurm-%j.out"
+        folder = os.path.commonpath([plan.output_dir for plan in self.plans])
+        return Path(folder) / "slurm-%A_%a.out"
+
 
 def render(request: JobRequest, *, template: str) -> str:
     """The batch script, whole. ConfigError where `template` lacks a placeholder."""
@@ -72,7 +86,7 @@ def sbatch_options(request: JobRequest) -> dict[str, str | None]:
     """All options of the job, the user's after and above ours."""
     plan, settings = request.plan, request.settings
     options: dict[str, str | None] = {
-        "job-name": plan.name,
+        "job-name": request.name,
         "nodes": str(plan.topology.nodes + settings.spare_nodes),
         "ntasks-per-node": "1",
     }
@@ -84,7 +98,7 @@ def sbatch_options(request: JobRequest) -> dict[str, str | None]:
     if len(request.plans) > 1:
         options["array"] = f"0-{len(request.plans) - 1}"
     options |= {
-        "output": _literal(Path(plan.output_dir) / "slurm-%j.out"),
+        "output": _literal(request.log),
         "open-mode": "append",
         "requeue": None,
         "signal": f"USR2@{signal_lead_s(request.last_save_s)}",

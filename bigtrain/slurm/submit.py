@@ -67,15 +67,23 @@ def submit(
     for plan, path in zip(request.plans, request.plan_paths, strict=True):
         write_plan(plan, path)  # first: it claims the attempt
     script = _write_script(request, text)
-    record = _record(source, script, code, snapshot)
-    path = record_path(source.output_dir, source.attempt)
-    record.write(path)
+    record = _record(source, request.name, script, code, snapshot)
+    paths = [record_path(plan.output_dir, plan.attempt) for plan in plans]
+    _write_records(record, paths)
     job_id = _queue(script, cwd=Path(source.working_dir))
     record = dataclasses.replace(record, job_id=job_id)
-    record.write(path)
-    remember(record, path, environment=environment)
-    log = settings.options.get("output") or str(Path(source.output_dir) / "slurm-%j.out")
-    return Submission(job_id=job_id, script=script, log=log.replace("%j", job_id))
+    _write_records(record, paths)
+    remember(record, paths[0], environment=environment)
+    log = settings.options.get("output") or str(request.log)
+    number = log.replace("%j", job_id).replace("%A", job_id)
+    return Submission(job_id=job_id, script=script, log=number)
+
+
+def _write_records(record: SubmissionRecord, paths: Sequence[Path]) -> None:
+    """Every run of a sweep finds its own, which says what all of them were made of."""
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.write(path)
 
 
 def gpus_of_nodes(cluster: ClusterSection) -> int:
@@ -160,14 +168,14 @@ def _moved_package(code: CodeState | None, snapshot: Path | None) -> str | None:
 
 
 def _record(
-    plan: RunPlan, script: Path, code: CodeState | None, snapshot: Path | None
+    plan: RunPlan, name: str, script: Path, code: CodeState | None, snapshot: Path | None
 ) -> SubmissionRecord:
     if code is not None:
         script.with_suffix(".diff").write_text(
             read_diff(code), encoding="utf-8", errors="surrogateescape"
         )
     return SubmissionRecord(
-        name=plan.name,
+        name=name,
         output_dir=plan.output_dir,
         script=str(script),
         script_sha256=hash_file(script),
