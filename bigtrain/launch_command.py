@@ -27,7 +27,7 @@ import typer
 from bigtrain.cluster import environment as rank_environment
 from bigtrain.cluster import local, nodes
 from bigtrain.cluster.rendezvous import RefusedError, Seat
-from bigtrain.cluster.rendezvous_address import is_own
+from bigtrain.cluster.rendezvous_address import interface_towards, is_own
 from bigtrain.cluster_flags import ClusterFlags
 from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
@@ -312,7 +312,15 @@ def _elastic(launch: Launch) -> NoReturn:
         *("--rdzv-id", made.name, "--max-restarts", str(made.max_restarts or _ELASTIC_RESTARTS)),
         *("-m", "bigtrain.worker", *_words(launch)),
     ]
-    _become(command, {**_QUIET, **rank_environment.for_node(made, inherited=launch.environment)})
+    said = {**launch.environment, **made.environment}
+    _become(
+        command,
+        {
+            **_QUIET,
+            **rank_environment.for_node(made, inherited=launch.environment),
+            **nodes.ways_through(interface_towards(host), said=said),
+        },
+    )
 
 
 def _refuse_script(launch: Launch, advice: str) -> None:

@@ -181,7 +181,11 @@ def _at_this_node(plan: RunPlan, joined: Joined, inherited: Mapping[str, str]) -
 
 def interface_variables(joined: Joined, *, said: Mapping[str, str]) -> dict[str, str]:
     """What makes gloo and NCCL take the way on which the nodes met, unless it was said already."""
-    interface = interface_of(joined.own_address)
+    return ways_through(interface_of(joined.own_address), said=said)
+
+
+def ways_through(interface: str | None, *, said: Mapping[str, str]) -> dict[str, str]:
+    """As `interface_variables`, for an interface that is known, or not."""
     if interface is None:
         return {}
     # NCCL would take all interfaces that begin with the name.

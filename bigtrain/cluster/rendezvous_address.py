@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import ipaddress
 import socket
@@ -75,6 +76,16 @@ def listening_addresses(expected: Sequence[str], *, interface: str | None) -> li
 def interface_of(address: str) -> str | None:
     """The interface of this machine that has `address`."""
     return next((own.interface for own in local_addresses() if own.address == address), None)
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface of this machine from which the system would go to `host`; None: unknown."""
+    for address in resolve([host]):
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # a datagram socket sends nothing by that
+            return interface_of(str(probe.getsockname()[0]))
+    return None
 
 
 def is_own(host: str) -> bool:
