@@ -8,6 +8,7 @@ the launcher and warnings to stderr. With `--json` everything is one JSON object
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import math
 import sys
@@ -55,6 +56,9 @@ def open_console(*, as_json: bool = False) -> Console:
     """The console that fits: JSON lines, a live line on a terminal, or plain lines."""
     if as_json:
         return JsonConsole(sys.stdout)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what it can't encode is shown as well as may be
+            stream.reconfigure(errors="backslashreplace")
     if sys.stdout.isatty():
         return TerminalConsole(sys.stdout, sys.stderr)
     return PlainConsole(sys.stdout, sys.stderr)
@@ -174,7 +178,7 @@ class JsonConsole:
         _flush(self._out)
 
     def _write(self, record: Mapping[str, Any]) -> None:
-        _print(self._out, json.dumps(_finite(record), allow_nan=False, default=str))
+        _print(self._out, json.dumps(finite(record), allow_nan=False, default=str))
 
 
 def event_line(event: Event) -> str | None:
@@ -241,14 +245,14 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN and no infinity: null stands for them."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

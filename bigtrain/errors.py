@@ -46,11 +46,3 @@ class LaunchError(BigtrainError):
     """The ranks could not be started or joined."""
 
     exit_code = 5
-
-
-class RankFailedError(BigtrainError):
-    """A rank ended badly; leaves with that rank's own exit code."""
-
-    def __init__(self, message: str, *, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code

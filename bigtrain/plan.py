@@ -129,7 +129,12 @@ def write_plan(plan: RunPlan, path: Path) -> None:
     Only its owner may read it: whatever a command line held is in it.
     LaunchError where `path` exists: then another launch has taken the same attempt.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(
+            f"output_dir: {path.parent} can't be made: {error.strerror}; give another --output-dir"
+        ) from None
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(staged, "w", encoding="utf-8", opener=_owners_alone) as file:

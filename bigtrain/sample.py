@@ -33,13 +33,15 @@ def write_sample(directory: Path, *, texts: Iterable[Tensor], seed: int) -> tupl
     prompts = {tokenizer.decode(text[:_PROMPT_TOKENS]): text[:_PROMPT_TOKENS] for text in texts}
     prompt = max(prompts, key=lambda text: sum(map(str.isalpha, text)))
     tokens = prompts[prompt].unsqueeze(0)
+    positions = getattr(model.config, "max_position_embeddings", None) or _PROMPT_TOKENS
+    new_tokens = min(_NEW_TOKENS, positions - tokens.shape[1])
     with torch.random.fork_rng(), torch.inference_mode():
         torch.manual_seed(seed)
         output = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=_NEW_TOKENS,
-            min_new_tokens=_NEW_TOKENS,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
             do_sample=True,
             temperature=0.7,
             pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,

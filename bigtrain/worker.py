@@ -14,10 +14,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from transformers import default_data_collator
 
@@ -35,6 +37,7 @@ from bigtrain.plan import PLAN_VARIABLE, RunPlan, current_plan
 from bigtrain.sample import as_lines, is_small, write_sample
 from bigtrain.topology import RankInfo
 from bigtrain.trainer.arguments import TrainingArguments
+from bigtrain.trainer.stopping import EXIT_REQUEUE
 from bigtrain.trainer.trainer import Trainer
 
 # By name: run with -m, this module is __main__.
@@ -60,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan = current_plan(os.environ)
     rank_logging.set_up(world, has_agent=plan is not None)
     if plan is not None:
+        # While it trains, the trainer saves first.
+        for number in (signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, _leave_to_be_run_again)
         run(plan, world=world)
         return 0
     # An agent's ranks need no planning: not imported.
@@ -112,6 +118,11 @@ def _meet(plan: RunPlan, world: RankInfo) -> Any:
     meeting = ranks.meet(plan, environment=os.environ)
     os.environ.update(meeting.variables)
     return meeting
+
+
+def _leave_to_be_run_again(number: int, frame: FrameType | None) -> NoReturn:
+    """At once: before and after the training there is nothing that the next start would miss."""
+    os._exit(EXIT_REQUEUE)
 
 
 def _prepare(plan: RunPlan, world: RankInfo) -> _Parts:
@@ -228,13 +239,21 @@ def _report(plan: RunPlan, parts: _Parts, losses: tuple[float | None, float | No
     if parts.data.evaluation is not None and is_small(directory):
         rows = range(min(16, len(parts.data.evaluation)))
         texts = [parts.data.evaluation[row]["input_ids"] for row in rows]
-        sample = write_sample(directory, texts=texts, seed=parts.args.seed)
-        logger.info("the saved model, loaded by transformers, goes on (▸):")
-        for line in as_lines(*sample):
-            logger.info(line)
+        _show_sample(directory, texts, seed=parts.args.seed)
     logger.info("model        %s", directory)
     if "tensorboard" in (parts.args.report_to or ()):
         logger.info("tensorboard  %s", parts.args.logging_dir)
+
+
+def _show_sample(directory: Path, texts: list[Any], *, seed: int) -> None:
+    try:
+        sample = write_sample(directory, texts=texts, seed=seed)
+    except Exception as error:  # of the model's own code, say: the run itself has ended well
+        logger.info("no sample of the saved model: %s: %s", type(error).__name__, error)
+        return
+    logger.info("the saved model, loaded by transformers, goes on (▸):")
+    for line in as_lines(*sample):
+        logger.info(line)
 
 
 def _command() -> int:

@@ -232,3 +232,15 @@ def test_what_a_failed_save_does_is_a_flag(folder: Path) -> None:
     assert wrong.returncode == 2
     assert "on_save_failure" in wrong.stderr
     assert "stop" in wrong.stderr
+
+
+def test_an_output_directory_that_cannot_be_made_is_named(folder: Path) -> None:
+    (folder / "file").write_text("")
+
+    done = _run(folder, "launch", "quick.yaml", "--output-dir", "file/sub")
+
+    assert done.returncode != 0
+    assert done.stderr == (
+        f"error: output_dir: {folder}/file/sub/plans can't be made: Not a directory; give another "
+        "--output-dir\n"
+    )

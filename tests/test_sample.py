@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,3 +34,13 @@ def test_a_console_is_not_given_what_it_might_obey() -> None:
     assert lines[0] == "    Once▸ upon·[2J a· time"
     assert all(line.isprintable() and len(line) <= 92 for line in lines)
     assert "".join(lines).count("x") == 100
+
+
+def test_a_model_with_few_positions_writes_as_far_as_they_go(
+    tmp_path: Path, make_tiny_llama: Any, byte_tokenizer: Any
+) -> None:
+    make_tiny_llama(vocab_size=257, max_position_embeddings=64).save_pretrained(tmp_path)
+    byte_tokenizer.save_pretrained(tmp_path)
+    prompt, written = write_sample(tmp_path, texts=[torch.tensor(byte_tokenizer("A" * 200)["input_ids"])], seed=1)
+    assert prompt == "A" * 48
+    assert 0 < len(written) <= 16  # at most a character for each of the positions left

@@ -20,11 +20,13 @@ from bigtrain.cluster.fork_client import ForkServer, Preloaded
 from bigtrain.cluster.layout import NodeLogs
 from bigtrain.cluster.rank import RankJob
 from bigtrain.cluster.signals import SignalInbox
-from bigtrain.cluster.supervisor import LiveRank, Outcome, Supervisor
+from bigtrain.cluster.supervisor import STOP_AND_RESUME, LiveRank, Outcome, Supervisor
 from bigtrain.console import Console, Event
 from bigtrain.errors import LaunchError
 from bigtrain.plan import RunPlan
 
+_NOTICES = (signal.SIGUSR1, signal.SIGUSR2)
+"""That the run is about to be stopped, and should be started again."""
 _SLOW_IMPORT_S = 15.0
 _STORE_LEAVES_WITHIN_S = 5.0
 
@@ -47,10 +49,10 @@ class Agent:
         self._console = console
         self._host = host
         self._node_rank = node_rank
-        self._environment = environment.for_node(plan, inherited=inherited)
         self._logs = NodeLogs.of(
             output_dir=plan.output_dir, attempt=plan.attempt, node_rank=node_rank, host=host
         )
+        self._environment = environment.for_node(plan, inherited=inherited, logs=self._logs)
         self._server: ForkServer | None = None
         self._preloaded = False
 
@@ -79,7 +81,7 @@ class Agent:
             if stopped_by is not None:
                 name = failure.signal_name(stopped_by)
                 self._say(f"stopped by {name} before the ranks were started")
-                return 128 + stopped_by
+                return STOP_AND_RESUME if stopped_by in _NOTICES else 128 + stopped_by
             outcome = self._run_round(server, inbox, restarts=restarts)
             self._tell(outcome)
             is_asked_for = outcome.failure is None or outcome.stopped_by is not None
@@ -112,9 +114,8 @@ class Agent:
         files = [server.control.fileno(), inbox.fileno()]
         while not self._preloaded:
             readable, _, _ = select.select(files, [], [], patience)
-            ending = set(inbox.drain()) - {signal.SIGUSR1, signal.SIGUSR2}
-            if ending:
-                return min(ending)
+            if stopping := set(inbox.drain()):
+                return min(stopping)
             if server.control.fileno() in readable:
                 self._note(server.ready())
                 self._preloaded = True
@@ -237,7 +238,7 @@ class Agent:
             text = failure.describe(outcome.failure)
             self._log.write(text)
             self._console.fail(text, details=failure.details(outcome.failure))
-        elif outcome.stopped_by is not None:
+        elif outcome.stopped_by is not None and outcome.exit_code:
             name = failure.signal_name(outcome.stopped_by)
             self._say(f"stopped by {name}; {ending.how_to_go_on(self._plan)}")
         self._log.write(f"the round ended with exit code {outcome.exit_code}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from pathlib import Path
 from typing import TextIO
 
 
 class AgentLog:
-    """Appends lines; each is on its way to the disk when `write` returns."""
+    """Appends lines; each is on its way to the disk when `write` returns.
+
+    A disk that is full ends no run: what can't be written is not.
+    """
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
@@ -16,8 +20,10 @@ class AgentLog:
     def write(self, text: str) -> None:
         now = time.time()
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
-        for line in text.splitlines():
-            self._file.write(f"{stamp}.{int(now % 1 * 1000):03d} {line}\n")
+        with contextlib.suppress(OSError):
+            for line in text.splitlines():
+                self._file.write(f"{stamp}.{int(now % 1 * 1000):03d} {line}\n")
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):
+            self._file.close()

@@ -22,14 +22,21 @@ class Place:
     store_port: int
 
 
-def for_node(plan: RunPlan, *, inherited: Mapping[str, str]) -> dict[str, str]:
-    """What is read when a module is imported, and so must be there before the fork server."""
+def for_node(
+    plan: RunPlan, *, inherited: Mapping[str, str], logs: NodeLogs | None = None
+) -> dict[str, str]:
+    """What all ranks of a node share, and what is read when a module is imported, so that it must
+    be there before the fork server. The plan wins over what is inherited, that over defaults.
+
+    `logs`: where a GPU's collectives are recorded, if the agent keeps the logs.
+    """
     return {
         # DeepSpeed's import asks how many GPUs there are; these two keep that from starting CUDA.
         "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         "DS_ACCELERATOR": plan.device,
         "OMP_NUM_THREADS": str(plan.threads_per_rank),
         **_library_defaults(plan),
+        **(flight_recorder(logs.directory) if logs and plan.device == "cuda" else {}),
         **inherited,
         **plan.environment,
     }
@@ -61,7 +68,6 @@ def for_rank(
         PLAN_VARIABLE: plan_path,
         LOG_DIR_VARIABLE: str(logs.directory),
         RESTART_VARIABLE: str(restarts),
-        **_flight_recorder(plan, logs),
     }
 
 
@@ -81,10 +87,3 @@ def flight_recorder(directory: Path) -> dict[str, str]:
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
         "TORCH_FR_DUMP_TEMP_FILE": str(directory / "nccl-trace-rank-"),
     }
-
-
-def _flight_recorder(plan: RunPlan, logs: NodeLogs) -> dict[str, str]:
-    if plan.device != "cuda":
-        return {}
-    defaults = flight_recorder(logs.directory)
-    return {name: value for name, value in defaults.items() if name not in plan.environment}

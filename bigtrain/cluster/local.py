@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from bigtrain.cluster import ending, environment
@@ -25,7 +26,7 @@ def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
     """
     _check_platform(plan)
     _check_places(plan)
-    console.say(_start_line(plan))
+    console.say(_start_line(plan, os.environ))
     agent = Agent(
         plan,
         plan_path=plan_path.resolve(),
@@ -46,7 +47,7 @@ def describe(plan: RunPlan, *, node_rank: int = 0) -> list[str]:
     logs = NodeLogs.of(
         output_dir=plan.output_dir, attempt=plan.attempt, node_rank=node_rank, host=platform.node()
     )
-    lines = [_start_line(plan), f"logs: {logs.directory}"]
+    lines = [_start_line(plan, os.environ), f"logs: {logs.directory}"]
     if plan.start_method == "fork" and plan.preload:
         lines.append(f"imported once: {', '.join(plan.preload)}")
     place = Place(node_rank=node_rank, store_host="127.0.0.1", store_port=0)
@@ -60,12 +61,13 @@ def describe(plan: RunPlan, *, node_rank: int = 0) -> list[str]:
     return lines
 
 
-def _start_line(plan: RunPlan) -> str:
-    procs, threads = plan.topology.procs_per_node, plan.threads_per_rank
+def _start_line(plan: RunPlan, inherited: Mapping[str, str]) -> str:
+    procs = plan.topology.procs_per_node
+    threads = environment.for_node(plan, inherited=inherited)["OMP_NUM_THREADS"]
     how = f"start: {plan.start_method}" + (f" ({plan.start_reason})" if plan.start_reason else "")
     return (
         f"{plan.name}: {procs} rank{'s' * (procs > 1)} on {platform.node()}, {plan.device}, "
-        f"{threads} thread{'s' * (threads > 1)} each, {how}"
+        f"{threads} thread{'s' * (threads != '1')} each, {how}"
     )
 
 

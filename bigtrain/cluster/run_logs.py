@@ -48,7 +48,8 @@ class Line:
 
 def attempts(output_dir: Path) -> list[Path]:
     """The log folders of a run's attempts, the newest last."""
-    return sorted(path for path in (output_dir / "logs").glob("attempt-*") if path.is_dir())
+    found = [path for path in (output_dir / "logs").glob("attempt-*") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def sources(attempt: Path, *, ranks: Sequence[int] = (), nodes: Sequence[str] = ()) -> list[Source]:

@@ -32,7 +32,7 @@ LINGER_S = 10.0
 
 _POLL_S = 0.1
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STOP_AND_RESUME = 85
+STOP_AND_RESUME = 85
 """Exit code of a trainer that saved and left on SIGUSR1 or SIGUSR2."""
 
 
@@ -168,7 +168,7 @@ class Supervisor:
             # after that is no failure. A trainer that can't save when it is told to stop is one.
             after = left.report.time >= self._stopped_at
             return after and (self._stopped_by == signal.SIGINT or self._died_of_stop())
-        return left.ended_by_us or left.status in self._stop_statuses() | {_STOP_AND_RESUME}
+        return left.ended_by_us or left.status in self._stop_statuses() | {STOP_AND_RESUME}
 
     def _died_of_stop(self) -> bool:
         deadly = {status for status in self._stop_statuses() if status < 0}

@@ -155,7 +155,7 @@ class FileSource:
 
 @dataclass(frozen=True, kw_only=True)
 class HubSource:
-    """One split of a dataset of the hub, streamed."""
+    """One split of a dataset of the hub, or of a folder that `datasets` can load, streamed."""
 
     name: str
     config_name: str | None
@@ -163,7 +163,7 @@ class HubSource:
     text_field: str
 
     def identity(self) -> Any:
-        return [self.name, self.config_name, self.split, self.text_field]
+        return [self.name, self.config_name, self.split, self.text_field, _contents(self.name)]
 
     def documents(self) -> Iterator[Document]:
         where = f"dataset {self.name} (split {self.split})"
@@ -175,6 +175,16 @@ class HubSource:
                 f"{where} can't be read: {type(error).__name__}: {error}. Check data.name, "
                 "data.config_name and the network, or give local files as data.train_files"
             ) from error
+
+
+def _contents(name: str) -> list[Any]:
+    """Of a folder: where it is, and its files with sizes and times; of a name on a hub: nothing."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return []
+    stats = sorted((path, path.stat()) for path in folder.rglob("*") if path.is_file())
+    files = [[str(path), stat.st_size, stat.st_mtime_ns] for path, stat in stats]
+    return [str(folder.resolve()), files]
 
 
 def _file_source(

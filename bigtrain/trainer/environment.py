@@ -6,12 +6,10 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bigtrain.cluster.environment import RESTART_VARIABLE
+from bigtrain.cluster.environment import LOG_DIR_VARIABLE, RESTART_VARIABLE
+from bigtrain.cluster.events import EVENT_VARIABLE
 from bigtrain.plan import PLAN_VARIABLE, RunPlan
 from bigtrain.topology import RankInfo
-
-LOG_DIR_VARIABLE = "BIGTRAIN_LOG_DIR"
-EVENT_VARIABLE = "BIGTRAIN_EVENT_FD"
 
 
 def ranks() -> RankInfo:

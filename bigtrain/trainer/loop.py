@@ -54,7 +54,6 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         Ends by SystemExit where the cluster asked to stop, with a checkpoint saved.
         """
         self._memory_tracker.start()
-        self.is_in_train = True
         self._hp_search_setup(trial)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint is not None and self.args.auto_find_batch_size:
@@ -65,6 +64,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         run = find_executable_batch_size(
             self._train_at_batch_size, self._train_batch_size, self.args.auto_find_batch_size
         )
+        self.is_in_train = True
         with self._stop.listening():
             try:
                 output: TrainOutput = run(
@@ -99,7 +99,8 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         self.engine.zero_grad()
         self._fire("on_train_begin")
         if self.args.eval_on_start:
-            self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            with self._reporter.pausing():
+                self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
         after_step = self._cadence(trial, ignore_keys_for_eval, start_time)
         for epoch in self._epochs_to_do(schedule, checkpoint):
             self._train_epoch(epoch, loader, schedule, checkpoint, after_step)
@@ -275,12 +276,14 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
             rate = self._get_learning_rate() if learning_rate is None else learning_rate
             self._log_losses(grad_norm, rate, start_time)
         if self.control.should_evaluate:
-            metrics = self._evaluate(trial, ignore_keys_for_eval)
+            with self._reporter.pausing():
+                metrics = self._evaluate(trial, ignore_keys_for_eval)
             is_best = self._determine_best_metric(metrics=metrics, trial=trial)
             if self.args.save_strategy == SaveStrategy.BEST:
                 self.control.should_save = is_best
         if self.control.should_save:
-            self._save_and_tell(model, trial)
+            with self._reporter.pausing():
+                self._save_and_tell(model, trial)
 
     # ---- Start and end ----
 

@@ -7,8 +7,11 @@ between. `log_history` and the callbacks get what transformers gives them, and n
 from __future__ import annotations
 
 import json
+import logging
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,27 @@ import psutil
 import torch
 from transformers import TrainerState
 
+from bigtrain.console import finite
 from bigtrain.trainer import environment
 from bigtrain.trainer.arguments import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 
 # Dense bf16/fp16 peak of a device, in floating-point operations a second, by a part of its name;
-# from the makers' data sheets. The first that fits counts.
+# from the makers' data sheets. Whole words; the first that fits counts.
 _PEAK_FLOPS: tuple[tuple[str, float], ...] = (
+    ("GB200", 2.5e15),
     ("B200", 2.25e15),
+    ("GH200", 9.89e14),
     ("H200", 9.89e14),
     ("H100 PCIe", 7.56e14),
+    ("H100 NVL", 8.35e14),
     ("H100", 9.89e14),
     ("A100", 3.12e14),
     ("L40S", 3.62e14),
+    ("L40", 1.81e14),
     ("A10G", 7.0e13),
     ("L4", 1.21e14),
     ("V100", 1.25e14),
@@ -56,6 +66,13 @@ class Reporter:
         self._since = time.perf_counter()
         self._step = step
 
+    @contextmanager
+    def pausing(self) -> Iterator[None]:
+        """Inside, time passes that is no part of a step's: an evaluation, a save."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
     def count(self, *, tokens: int, flos: float) -> None:
         """A micro-batch of this rank: sizes only, no device value."""
         self._tokens += tokens
@@ -71,16 +88,14 @@ class Reporter:
             _emit("progress", **_progress(figures, state))
 
     def report_evaluation(self, metrics: Mapping[str, Any], state: TrainerState) -> None:
-        """An evaluation is done. The time it took is no part of the next step times."""
+        """An evaluation is done."""
         self._write({"step": state.global_step, **metrics})
-        self._since = time.perf_counter()
         if self._is_on and environment.has_console():
             figures = {k: v for k, v in metrics.items() if isinstance(v, (int, float))}
             _emit("evaluated", **{"step": state.global_step, **figures})
 
     def saved(self, path: Path, step: int) -> None:
         """A checkpoint is committed."""
-        self._since = time.perf_counter()
         if self._is_on and environment.has_console():
             _emit("saved", path=str(path), step=step)
 
@@ -111,9 +126,13 @@ class Reporter:
     def _write(self, figures: Mapping[str, Any]) -> None:
         if self._file is None:
             return
-        line = json.dumps({"time": time.time(), **figures}, default=float)
-        with self._file.open("a", encoding="utf-8") as lines:
-            lines.write(line + "\n")
+        line = json.dumps(finite({"time": time.time(), **figures}), default=float)
+        try:
+            with self._file.open("a", encoding="utf-8") as lines:
+                lines.write(line + "\n")
+        except OSError as error:  # a full disk, say: training goes on without its figures
+            logger.warning("%s: %s; no more figures are written", self._file, error.strerror)
+            self._file = None
 
 
 def _progress(figures: Mapping[str, Any], state: TrainerState) -> dict[str, Any]:
@@ -133,7 +152,13 @@ def _peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_FLOPS if part in name), None)
+    return peak_flops_of(name)
+
+
+def peak_flops_of(name: str) -> float | None:
+    """Of a device by the name its driver gives it, in bf16 operations a second; None: not known."""
+    found = (peak for part, peak in _PEAK_FLOPS if re.search(rf"\b{part}\b", name))
+    return next(found, None)
 
 
 def _emit(kind: str, **fields: Any) -> None:

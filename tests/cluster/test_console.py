@@ -9,7 +9,9 @@ import subprocess
 import sys
 from typing import Any
 
-from bigtrain.console import Event, JsonConsole, PlainConsole, progress_line
+import pytest
+
+from bigtrain.console import Event, JsonConsole, PlainConsole, open_console, progress_line
 
 _FIGURES = {
     "step": 20,
@@ -128,3 +130,10 @@ def test_a_reader_that_left_does_not_end_the_run() -> None:
     assert process.stderr.read() == b"still here\n"
     process.stderr.close()
     assert process.wait() == 0
+
+
+def test_what_a_stream_cannot_encode_is_shown_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="latin-1"))
+    open_console().show(_event("notice", text="3 → 4"))
+    assert raw.getvalue() == b"3 \\u2192 4\n"

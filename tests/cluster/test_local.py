@@ -35,7 +35,10 @@ def _plan(tmp_path: Path, **fields: Any) -> RunPlan:
     return RunPlan(**{**defaults, **fields})
 
 
-def test_describe_shows_the_command_of_every_rank_and_starts_nothing(tmp_path: Path) -> None:
+def test_describe_shows_the_command_of_every_rank_and_starts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
     plan = _plan(tmp_path, script_args=("--name", "a b"), preload=("torch",), threads_per_rank=3)
     host = platform.node()
     assert local.describe(plan) == [
@@ -82,23 +85,16 @@ def test_a_ranks_variables_are_read_back_as_its_place_in_the_run(tmp_path: Path)
         rank=4, local_rank=1, node_rank=1, world_size=6, local_world_size=3, source="torchrun"
     )
     assert variables["BIGTRAIN_RESTART_COUNT"] == "2"
-    assert "TORCH_FR_BUFFER_SIZE" not in variables
 
 
 def test_nccls_flight_recorder_dumps_beside_the_logs_unless_told_otherwise(tmp_path: Path) -> None:
-    def variables(**said: str) -> dict[str, str]:
-        return environment.for_rank(
-            _plan(tmp_path, device="cuda", environment=said),
-            plan_path="plan.json",
-            local_rank=0,
-            place=Place(node_rank=0, store_host="10.0.0.1", store_port=4000),
-            logs=NodeLogs(directory=tmp_path),
-            restarts=0,
-        )
-
-    assert variables()["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-trace-rank-"
-    assert variables()["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
-    assert "TORCH_NCCL_DUMP_ON_TIMEOUT" not in variables(TORCH_NCCL_DUMP_ON_TIMEOUT="0")
+    plan, logs = _plan(tmp_path, device="cuda"), NodeLogs(directory=tmp_path)
+    variables = environment.for_node(plan, inherited={"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"}, logs=logs)
+    assert variables["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl-trace-rank-"
+    assert variables["TORCH_FR_BUFFER_SIZE"] == "2000"
+    assert variables["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "0"
+    on_cpu = environment.for_node(_plan(tmp_path), inherited={}, logs=logs)
+    assert not any(name.startswith("TORCH_FR_") for name in on_cpu)
 
 
 def test_the_plan_wins_over_the_shell_and_the_shell_over_defaults(tmp_path: Path) -> None:

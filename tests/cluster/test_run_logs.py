@@ -73,3 +73,10 @@ def test_since_is_a_span_or_a_time() -> None:
     assert read_since("2026-01-31 12:00", now=0.0) == expected
     with pytest.raises(ConfigError, match="'yesterday' is neither 10m"):
         read_since("yesterday", now=0.0)
+
+
+def test_attempts_are_in_order_beyond_the_hundredth(tmp_path: Path) -> None:
+    for number in (9, 99, 100):
+        (tmp_path / "logs" / f"attempt-{number:02d}").mkdir(parents=True)
+    names = [path.name for path in attempts(tmp_path)]
+    assert names == ["attempt-09", "attempt-99", "attempt-100"]

@@ -144,16 +144,17 @@ def test_what_peers_raise_after_ctrl_c_is_no_failure(
     assert "failed" not in done.err
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 85)])
 def test_a_signal_during_the_import_ends_the_launch_at_once(
-    launcher: Any, wait_for: Callable[..., Any]
+    launcher: Any, wait_for: Callable[..., Any], name: str, code: int
 ) -> None:
     launcher.script("import time; open('importing', 'w').close(); time.sleep(600)", "slow.py")
     launched = launcher.start("pass", preload=["slow"])
     wait_for((launcher.folder / "importing").exists)
-    launched.process.terminate()
+    launched.process.send_signal(signal.Signals[name])
     done = launched.wait(timeout_s=10)
-    assert done.code == 143
-    assert "stopped by SIGTERM before the ranks were started" in done.err
+    assert done.code == code
+    assert f"stopped by {name} before the ranks were started" in done.err
 
 
 def test_nothing_lives_after_the_agent_is_killed(

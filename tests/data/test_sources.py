@@ -8,7 +8,7 @@ import pytest
 
 from bigtrain.data import sources
 from bigtrain.data.settings import DataSettings
-from bigtrain.data.sources import evaluation_source, training_source
+from bigtrain.data.sources import HubSource, evaluation_source, training_source
 from bigtrain.errors import ConfigError, DataError
 
 
@@ -113,3 +113,17 @@ def test_a_builtin_has_no_named_splits(tmp_path: Path) -> None:
 
     with pytest.raises(ConfigError, match="no named splits"):
         evaluation_source(settings, root=tmp_path)
+
+
+def test_folders_of_the_same_name_are_not_taken_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    for place in ("one", "other"):
+        (tmp_path / place / "corpus").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / place)
+        source = HubSource(name="corpus", config_name=None, split="train", text_field="text")
+        seen.add(repr(source.identity()))
+        Path("corpus/a.txt").write_text(place)
+        seen.add(repr(source.identity()))
+    assert len(seen) == 4

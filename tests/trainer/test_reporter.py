@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerState
 
 from bigtrain.cluster.events import EVENT_VARIABLE, describe_pipe
+from bigtrain.trainer.reporter import peak_flops_of
 from tests.trainer.samples import Sentences, trainer
 
 
@@ -77,3 +80,46 @@ def test_the_history_has_transformers_keys_only(tmp_path: Path, under_a_launcher
         "epoch",
         "step",
     }
+
+
+def test_pauses_are_no_part_of_a_steps_time(tmp_path: Path, under_a_launcher: Any) -> None:
+    logs, _ = under_a_launcher
+    reporter = trainer(tmp_path)._reporter
+    reporter.start(step=0)
+    reporter.count(tokens=1000, flos=0.0)
+    time.sleep(0.1)
+    with reporter.pausing():
+        time.sleep(0.5)
+    reporter.report({}, TrainerState(global_step=1))
+    (line,) = (json.loads(text) for text in (logs / "metrics.jsonl").read_text().splitlines())
+    assert 0.1 <= line["step_time_s"] < 0.4
+    assert line["tokens_per_s"] == pytest.approx(1000 / line["step_time_s"])
+
+
+def test_figures_are_json_and_a_full_disk_ends_no_training(
+    tmp_path: Path, under_a_launcher: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    logs, _ = under_a_launcher
+    run = trainer(tmp_path, max_steps=2, logging_steps=1)
+    run._reporter.report({"loss": float("nan")}, TrainerState(global_step=1))
+    line = (logs / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=lambda name: 1 / 0)["loss"] is None
+    (logs / "metrics.jsonl").unlink()
+    (logs / "metrics.jsonl").symlink_to("/dev/full")
+    run.train()
+    assert run.state.global_step == 2
+    assert caplog.text.count("No space left on device; no more figures are written") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 9.89e14),
+        ("NVIDIA H100 NVL", 8.35e14),
+        ("NVIDIA L40", 1.81e14),
+        ("NVIDIA L4", 1.21e14),
+        ("Quadro T400", None),
+    ],
+)
+def test_a_devices_peak_is_its_own(name: str, peak: float | None) -> None:
+    assert peak_flops_of(name) == peak
