@@ -41,6 +41,8 @@ def test_a_model_with_few_positions_writes_as_far_as_they_go(
 ) -> None:
     make_tiny_llama(vocab_size=257, max_position_embeddings=64).save_pretrained(tmp_path)
     byte_tokenizer.save_pretrained(tmp_path)
-    prompt, written = write_sample(tmp_path, texts=[torch.tensor(byte_tokenizer("A" * 200)["input_ids"])], seed=1)
+    prompt, written = write_sample(
+        tmp_path, texts=[torch.tensor(byte_tokenizer("A" * 200)["input_ids"])], seed=1
+    )
     assert prompt == "A" * 48
     assert 0 < len(written) <= 16  # at most a character for each of the positions left

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bigtrain.arguments.schema import Schema, load_schema
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import Topology
-from bigtrain.translate import ddp, deepspeed, foreign, fsdp, precision, single
+from bigtrain.translate import consistency, ddp, deepspeed, foreign, fsdp, precision, single
 from bigtrain.translate.config import (
     ArgumentFate,
     DdpSettings,
@@ -147,6 +147,8 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         on_cpu=request.on_cpu,
         bf16_masters=options.master_dtype == "bf16",
     ):
+        yield f"training.{name}", why
+    for name, why in consistency.faults(values):
         yield f"training.{name}", why
     for name, why in foreign.faults(values, engine=engine, origins=request.origins):
         yield f"training.{name}", why
