@@ -190,7 +190,10 @@ def launch(
     *,
     where: ClusterFlags,
 ) -> None:
-    """Train on this machine or on several: a run file, or a script of your own."""
+    """Train: a run file, or a script of your own.
+
+    On this machine, on several, or as a Slurm job.
+    """
     flags = {
         "engine.name": ("--engine", engine),
         "cluster.procs_per_node": ("--procs-per-node", procs_per_node),
@@ -264,7 +267,10 @@ def plan(
     shows_all: All = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what would run, what it needs, and what becomes of every argument."""
+    """Show what would run, and whether it fits.
+
+    Every value with its origin, what becomes of it, and the memory and disk that it needs.
+    """
     from bigtrain import plan_command
 
     flags = {

@@ -37,7 +37,7 @@ def jobs(
     ended: Annotated[bool, typer.Option("--ended", help="Also those that have ended.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """List the Slurm jobs that you have submitted: state, last step, where."""
+    """List your Slurm jobs: state, last step, where they run."""
     from bigtrain.slurm.jobs import list_jobs
 
     found = list_jobs(environment=os.environ, ended=ended)
@@ -89,7 +89,10 @@ def logs(
         bool, typer.Option("--follow", "-f", help="Go on as the logs grow; Ctrl-C ends it.")
     ] = False,
 ) -> None:
-    """Show the logs of all nodes and ranks of a run as one, in the order of time."""
+    """Show the logs of all ranks as one.
+
+    In the order of time, with node and rank before each line.
+    """
     from bigtrain.cluster.run_logs import read_since
 
     start = 0.0 if since is None else read_since(since, now=time.time())

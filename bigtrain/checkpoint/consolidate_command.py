@@ -78,7 +78,9 @@ def consolidate(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Make a Hugging Face model directory of any sharded checkpoint, as fast as a copy.
+    """Make a model directory of any checkpoint.
+
+    Sharded or not, as fast as a copy, for transformers' from_pretrained.
 
     Takes bigtrain's checkpoints, DeepSpeed's, torch's (DCP, FSDP), accelerate's, Lightning's and
     transformers'. Needs no GPU and little memory.

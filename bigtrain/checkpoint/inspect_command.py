@@ -35,7 +35,9 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
 ) -> None:
-    """Show what a checkpoint holds: bigtrain's, DeepSpeed's, torch's, transformers', accelerate's.
+    """Show, verify or compare checkpoints.
+
+    bigtrain's, DeepSpeed's, torch's, transformers' and accelerate's.
 
     Leaves with 1 where --verify finds a fault or --diff a difference.
     """
