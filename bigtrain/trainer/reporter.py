@@ -80,6 +80,8 @@ class Reporter:
 
     def report(self, logs: Mapping[str, Any], state: TrainerState) -> None:
         """A logging step: `logs` as the callbacks get them."""
+        if self._file is None and not (self._is_on and environment.has_console()):
+            return
         figures = {"step": state.global_step, **logs, **self._speed(state.global_step)}
         figures.update(self._memory())
         self.start(step=state.global_step)

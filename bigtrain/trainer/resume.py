@@ -32,11 +32,12 @@ from bigtrain.checkpoint.foreign import has_been_split, is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.errors import CheckpointError
-from bigtrain.trainer import collectives, environment, rng
+from bigtrain.trainer import collectives, differences, environment, rng
 from bigtrain.trainer.saving import (
     SAFETENSORS_FILE,
     TORCH_FILE,
     TRAINER_STATE_FILE,
+    TRAINING_ARGS_FILE,
     Saving,
 )
 
@@ -160,6 +161,8 @@ class Resume(Saving):
             self.state.best_model_checkpoint = None
         if self.state.train_batch_size is not None:
             compare_trainer_and_checkpoint_args(self.args, self.state)
+        if self.is_world_process_zero():
+            differences.tell(checkpoint / TRAINING_ARGS_FILE, self.args)
         # The arguments of now count; what was saved is only compared with them.
         self.state.compute_steps(self.args, max_steps)
         self._load_callback_state()
