@@ -156,7 +156,7 @@ def test_jit_mode_eval_evaluates_through_a_trace(tmp_path: Path) -> None:
 
 @shows("per_device_train_batch_size")
 def test_per_device_train_batch_size_is_of_a_step(tmp_path: Path) -> None:
-    assert trained(tmp_path, per_device_train_batch_size=8).state.global_step == 2
+    assert trained(tmp_path, per_device_train_batch_size=2).state.global_step == 8
 
 
 @shows("gradient_accumulation_steps")

@@ -44,8 +44,8 @@ def _of_test(test: str, function: Any) -> Iterator[Shown]:
         elif mark.name == "parametrize":
             for case in mark.args[1]:
                 for inner in getattr(case, "marks", ()):
-                    row = inner.args[0]
-                    yield Shown(row=row, engine="single", test=f"{test}[{row}-{row}]")
+                    name = "-".join(next(iter(value)) for value in case.values)
+                    yield Shown(row=inner.args[0], engine="single", test=f"{test}[{name}]")
 
 
 def showing(row: str, engine: str = "single") -> list[str]:
