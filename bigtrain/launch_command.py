@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def run(launch: Launch) -> int:
 def _here(launch: Launch) -> int:
     made = launch.plan(*launch.nodes())
     if launch.dry_run:
-        return _show(made, local.describe(made), launch)
+        return _show(made, [*local.describe(made), *_on_each_node(made, launch)], launch)
     path = plan_path(made)
     if made.topology.nodes > 1:
         raise UnsupportedError(_how_to_use_nodes(made.topology.nodes, launch))
@@ -120,6 +121,21 @@ def _show(plan: RunPlan, commands: Sequence[str], launch: Launch) -> int:
         told = report(plan, found, shows_all=launch.shows_all)
         typer.echo("\n".join((told, "", "Commands", *(f"  {line}" for line in commands))))
     return 0
+
+
+def _on_each_node(plan: RunPlan, launch: Launch) -> list[str]:
+    """The command of every node, where there are several: one line, however many they are."""
+    number = plan.topology.nodes
+    if number == 1:
+        return []
+    words = ["bigtrain", "launch", *_words(launch), "--nodes", str(number)]
+    words += ["--node-rank", "K", "--rdzv-endpoint", "HOST:PORT"]
+    if launch.request.script_args:
+        words += ["--", *launch.request.script_args]
+    return [
+        f"on each of {number} nodes, K = 0 to {number - 1}, HOST the first: {shlex.join(words)}",
+        "or one job of Slurm's: the same command with --slurm",
+    ]
 
 
 def _how_to_use_nodes(number: int, launch: Launch) -> str:

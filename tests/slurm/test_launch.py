@@ -70,6 +70,15 @@ def test_a_dry_run_prints_the_batch_script_and_writes_nothing(folder: Path) -> N
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
 
 
+def test_a_dry_run_by_hand_shows_the_command_of_every_node(folder: Path) -> None:
+    done = _launch(folder, "--nodes", "4", "--procs-per-node", "2", "--dry-run")
+
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if "on each of 4 nodes" in line)
+    assert line.endswith("--nodes 4 --node-rank K --rdzv-endpoint HOST:PORT")
+    assert "--set cluster.procs_per_node=2" in line
+
+
 def test_flags_win_over_the_run_file_in_any_spelling(folder: Path) -> None:
     flags = ["--time", "1:00", "--sbatch", "p=debug", "--sbatch", "--cpus-per-gpu=4"]
     flags += ["--signal", "USR2@300", "--max-requeues", "3", "--container-image", "a/b.sqsh"]
