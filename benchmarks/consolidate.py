@@ -5,11 +5,13 @@
     python benchmarks/consolidate.py --json
 
 Checkpoints of a Llama with that many GB of fp32 weights are made on the spot by 2 ranks: torch DCP
-by torch, ZeRO-2 and ZeRO-3 by `torch.save` of what DeepSpeed's engine saves (a real engine would
-need ten times the memory). Every repeat runs every tool once, in turn, from a warm cache; each is
-a process of its own, timed from its start until its output is synced. The process's memory is
-sampled: what it holds itself (anonymous), and its peak with the pages of files. `--limit-mb` runs
-each tool once more in a memory cgroup (needs root and cgroup v1 or v2).
+by torch (and as sharded safetensors, for torch's own consolidation), ZeRO-2 and ZeRO-3 by
+`torch.save` of what DeepSpeed's engine saves (a real engine would need ten times the memory). Every
+repeat runs every tool once, in turn, from a warm cache; each is a process of its own, timed from
+its start until its output is synced. Ours is the command, with the checks that it does by itself.
+The process's memory is sampled: what it holds itself (anonymous), and its peak with the pages of
+files. `--limit-mb` runs each tool once more in a memory cgroup (needs root and cgroup v1 or v2);
+`--only` leaves out the tools that haven't this in their name, `cp` aside.
 """
 
 from __future__ import annotations
@@ -34,12 +36,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _WORLD = 2
 _SAMPLE_S = 0.02
 _VOCABULARY = 32_000
-_OURS = """\
-import sys
-from bigtrain.checkpoint.consolidate import consolidate
-consolidate(sys.argv[1], sys.argv[2], dtype=sys.argv[3])
-assert "torch" not in sys.modules
-"""
+_OURS = [sys.executable, "-m", "bigtrain", "consolidate", "{source}", "{output}"]
 _COPY = ["cp", "{reference}", "{output}"]
 _ZERO_TO_FP32 = [
     sys.executable,
@@ -67,6 +64,16 @@ _MERGE_WEIGHTS = [
     "{source}",
     "{output}",
 ]
+_SOURCES = ("zero2", "zero3", "dcp")
+_CP = "cp of the output"
+_OURS_FP32 = "bigtrain consolidate"
+_OURS_BF16 = "bigtrain --dtype bf16"
+_TORCH_SAFETENSORS = """\
+import json, sys
+from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+names = json.load(open(sys.argv[1] + "/names.json"))
+consolidate_safetensors_files(sys.argv[1], sys.argv[2], dict.fromkeys(names, 1))
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +83,7 @@ class Tool:
     name: str
     source: str
     command: Sequence[str]
+    makes_output_dir: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,24 +98,34 @@ class Run:
 
 def tools() -> list[Tool]:
     """Ours and the peers, for every kind of checkpoint."""
+    torch_tool = [sys.executable, "-c", _TORCH_SAFETENSORS, "{source}", "{output}"]
     found = [
-        Tool(name="cp of the output", source="zero3", command=_COPY),
+        Tool(name=_CP, source="fp32", command=_COPY),
+        Tool(name=_CP, source="bf16", command=_COPY),
         Tool(name="zero_to_fp32", source="zero2", command=_ZERO_TO_FP32),
         Tool(name="zero_to_fp32", source="zero3", command=_ZERO_TO_FP32),
         Tool(name="dcp_to_torch_save", source="dcp", command=_DCP_TO_TORCH),
         Tool(name="accelerate merge-weights", source="dcp", command=_MERGE_WEIGHTS),
+        Tool(
+            name="torch's consolidation",
+            source="hf",
+            command=torch_tool,
+            makes_output_dir=False,
+        ),
     ]
-    for dtype in ("fp32", "bf16"):
-        for source in ("zero2", "zero3", "dcp"):
-            command = [sys.executable, "-c", _OURS, "{source}", "{output}", dtype]
-            found.append(Tool(name=f"bigtrain {dtype}", source=source, command=command))
+    found += [Tool(name=_OURS_FP32, source=source, command=_OURS) for source in _SOURCES]
+    bf16 = [*_OURS, "--dtype", "bf16"]
+    found += [Tool(name=_OURS_BF16, source=source, command=bf16) for source in _SOURCES]
     return found
 
 
 def run(tool: Tool, folder: Path, *, cgroup: Path | None = None) -> Run:
     """Run it once; its output is removed again."""
     output = folder / "output"
-    places = {"source": folder / tool.source, "output": output, "reference": folder / "reference"}
+    reference = folder / f"reference-{tool.source}"
+    places = {"source": folder / tool.source, "output": output, "reference": reference}
+    if not tool.makes_output_dir:
+        output.mkdir()
     command = [part.format(**places) for part in tool.command]
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "DS_ACCELERATOR": "cpu"}
     log = (folder / "log").open("w+")
@@ -240,6 +258,11 @@ def write_dcp(out: Path, shapes: OrderedDict[str, tuple[int, ...]]) -> None:
         "state = {name: DTensor.from_local(local(shape), mesh, [Shard(0)])\n"
         "         for name, shape in json.loads(sys.argv[2]).items()}\n"
         "dcp.save({'model': state}, checkpoint_id=sys.argv[1])\n"
+        "where = sys.argv[1].replace('dcp', 'hf')\n"
+        "writer = dcp.HuggingFaceStorageWriter(where, save_distributed=True,\n"
+        "    fqn_to_index_mapping={name: 1 for name in state})\n"
+        "dcp.save(state, storage_writer=writer)\n"
+        "json.dump(list(state), open(where + '/names.json', 'w'))\n"
         "dist.destroy_process_group()\n"
     )
     path = out.with_name("write_dcp.py")
@@ -252,19 +275,22 @@ def write_dcp(out: Path, shapes: OrderedDict[str, tuple[int, ...]]) -> None:
 
 
 def write_all(folder: Path, gigabytes: float) -> None:
-    """The checkpoints, and a file of the output's size for `cp`."""
+    """The checkpoints, and files of the output's size for `cp`."""
     shapes = llama_shapes(gigabytes)
     for stage in (2, 3):
         write_zero(folder / f"zero{stage}", stage, shapes)
     write_dcp(folder / "dcp", shapes)
-    made = Tool(name="", source="zero3", command=[sys.executable, "-c", _OURS, "{source}"])
-    subprocess.run(
-        [*made.command[:3], str(folder / "zero3"), str(folder / "made"), "fp32"],
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(_ROOT)},
-    )
-    next((folder / "made").glob("*.safetensors")).rename(folder / "reference")
-    shutil.rmtree(folder / "made")
+    for dtype in ("fp32", "bf16"):
+        places = {"source": folder / "zero3", "output": folder / "made"}
+        command = [part.format(**places) for part in _OURS]
+        subprocess.run(
+            [*command, "--dtype", dtype, "--max-shard-size", "1TB"],
+            check=True,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(_ROOT)},
+        )
+        next((folder / "made").glob("*.safetensors")).rename(folder / f"reference-{dtype}")
+        shutil.rmtree(folder / "made")
 
 
 def limited(limit_mb: int) -> Path:
@@ -284,19 +310,25 @@ def limited(limit_mb: int) -> Path:
 
 
 def show(rows: Sequence[tuple[Tool, list[Run], Run | None]]) -> None:
-    """The table, with ratios to `cp` of the fp32 output."""
-    base = statistics.median(run.seconds for run in rows[0][1])
+    """The table, with ratios to `cp` of the same output and to the fastest peer."""
+    medians = {_key(tool): statistics.median(run.seconds for run in runs) for tool, runs, _ in rows}
+    fine = {_key(tool) for tool, runs, _ in rows if all(run.outcome == "ok" for run in runs)}
+    peers = [_key(tool) for tool, _, _ in rows if tool.name not in (_CP, _OURS_FP32, _OURS_BF16)]
+    fastest = min((medians[key] for key in peers if key in fine), default=math.nan)
     print(
-        f"{'tool':26} {'source':7} {'s':>7} {'× cp':>6} {'own MB':>7} {'peak MB':>8}  under limit"
+        f"{'tool':26} {'source':7} {'s':>7} {'× cp':>6} {'× peer':>7} {'own MB':>7} {'peak MB':>8}"
+        "  under limit"
     )
     for tool, runs, under in rows:
-        seconds = statistics.median(run.seconds for run in runs)
+        seconds = medians[_key(tool)]
+        output = "bf16" if tool.name == _OURS_BF16 or tool.source == "bf16" else "fp32"
         own, peak = (max(getattr(run, n) for run in runs) for n in ("anonymous_mb", "peak_mb"))
         outcome = "" if under is None else f"{under.outcome}, {under.seconds:.1f} s"
         if any(run.outcome != "ok" for run in runs):
             outcome = next(run.outcome for run in runs if run.outcome != "ok")
         print(
-            f"{tool.name:26} {tool.source:7} {seconds:7.2f} {seconds / base:6.2f} {own:7.0f} "
+            f"{tool.name:26} {tool.source:7} {seconds:7.2f} "
+            f"{seconds / medians[f'{_CP} {output}']:6.2f} {seconds / fastest:7.2f} {own:7.0f} "
             f"{peak:8.0f}  {outcome}"
         )
 
@@ -308,6 +340,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; needs ten times the size")
     parser.add_argument("--limit-mb", type=int, help="run once more with this much memory")
+    parser.add_argument("--only", help="besides cp, only tools with this in their name")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="consolidate-") as name:
@@ -315,7 +348,8 @@ def main() -> None:
         write_all(folder, arguments.size)
         os.sync()
         runs: dict[str, list[Run]] = {}
-        contestants = tools()
+        only = arguments.only or ""
+        contestants = [tool for tool in tools() if only in tool.name or tool.name == _CP]
         for _ in range(arguments.repeats):
             for tool in contestants:
                 runs.setdefault(_key(tool), []).append(run(tool, folder))

@@ -191,7 +191,8 @@ def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]
     wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
     if _trains(plan):
         trainer.train()
-        attempt(trainer.args.ranks, trainer.save_model)
+        if trainer.args.export != "never":
+            attempt(trainer.args.ranks, trainer.save_model)
         wants_evaluation = wants_evaluation and not _is_evaluated(trainer)
     else:
         trainer.load_resumed_weights()
@@ -236,11 +237,13 @@ def _report(plan: RunPlan, parts: _Parts, losses: tuple[float | None, float | No
     directory = Path(plan.output_dir)
     if first is not None and last is not None:
         logger.info("evaluation loss %.3f → %.3f", first, last)
-    if parts.data.evaluation is not None and is_small(directory):
+    is_exported = parts.args.export != "never"
+    if is_exported and parts.data.evaluation is not None and is_small(directory):
         rows = range(min(16, len(parts.data.evaluation)))
         texts = [parts.data.evaluation[row]["input_ids"] for row in rows]
         _show_sample(directory, texts, seed=parts.args.seed)
-    logger.info("model        %s", directory)
+    if is_exported:
+        logger.info("model        %s", directory)
     if "tensorboard" in (parts.args.report_to or ()):
         logger.info("tensorboard  %s", parts.args.logging_dir)
 

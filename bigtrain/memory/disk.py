@@ -40,10 +40,12 @@ def disk_plan(request: Request, *, checkpoints: int | None) -> DiskPlan:
     width = place.optimizer.bytes_per_element or BYTES[request.config.master_dtype]
     moments = int(place.optimizer.moments * shapes.trained_numel * width)
     only_model = bool(training.get("save_only_model"))
+    kept = _kept(training, checkpoints)
+    models = {"never": 0, "every": kept + 1}.get(str(training.get("export")), 1)
     return DiskPlan(
         checkpoint=masters + (0 if only_model else moments) + _SMALL_FILES,
-        kept=_kept(training, checkpoints),
-        model=model + _SMALL_FILES,
+        kept=kept,
+        model=models * (model + _SMALL_FILES),
     )
 
 

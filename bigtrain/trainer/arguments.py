@@ -77,6 +77,18 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
             "choices": ["stop", "continue"],
         },
     )
+    export: str = field(
+        default="last",
+        metadata={
+            "help": "What becomes a model for from_pretrained: the last step, as output_dir; every "
+            "checkpoint too, as its model/, in the background; or never (under bigtrain launch).",
+            "choices": ["last", "every", "never"],
+        },
+    )
+    export_interval: int = field(
+        default=1,
+        metadata={"help": "With export: every, only every so many checkpoints."},
+    )
     reset_optimizer: bool = field(
         default=False,
         metadata={
@@ -139,6 +151,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"fp16_opt_level is {level!r}; use {', '.join(FP16_OPT_LEVELS)}")
         if self.on_save_failure not in ("stop", "continue"):
             raise ValueError(f"on_save_failure is {self.on_save_failure!r}; use stop or continue")
+        if self.export not in ("last", "every", "never"):
+            raise ValueError(f"export is {self.export!r}; use last, every or never")
+        if self.export_interval < 1:
+            raise ValueError(f"export_interval is {self.export_interval}; it must be at least 1")
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must lie in range [0,1], it is {self.warmup_ratio}")
         if self.fp16_backend != "auto":

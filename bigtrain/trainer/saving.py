@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from bigtrain.checkpoint.staging import rotate
 from bigtrain.errors import CheckpointError, UnsupportedError
 from bigtrain.trainer import collectives, rng
 from bigtrain.trainer.callback_states import CallbackStates
+from bigtrain.trainer.exporting import Exports
 from bigtrain.trainer.reporting import Reporting
 
 logger = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Saving(Reporting, CallbackStates):
     _samples_in_epoch = 0
     _global_batch_size = 0
     _saver: Saver | None = None
+    _exports: Exports | None = None
     _saved_step: int | None = None
     _state_of_save: TrainerState | None = None
     """The state as it was at the save in flight: `on_save` comes later, and is told of then."""
@@ -115,7 +118,10 @@ class Saving(Reporting, CallbackStates):
             )
 
     def _save_config(self, directory: Path) -> None:
-        model: Any = unwrap_peft_model(self.accelerator.unwrap_model(self.model))
+        model: Any = self.accelerator.unwrap_model(self.model)
+        if _is_peft_model(model):
+            model.peft_config[model.active_adapter].save_pretrained(str(directory))
+        model = unwrap_peft_model(model)
         config: Any = getattr(model, "config", None)
         if hasattr(config, "save_pretrained"):
             if isinstance(model, PreTrainedModel):
@@ -196,6 +202,9 @@ class Saving(Reporting, CallbackStates):
 
     def _tell_saved(self, saved: InFlight) -> None:
         self._reporter.saved(saved.target, saved.progress.step)
+        if self._exports is None:
+            self._exports = Exports.asked(self.args, is_sharded=self.engine.is_sharded)
+        self._exports.add(saved.target)
         self._rotate(saved.target.parent, newest=saved.target)
 
     def _open_saver(self) -> Saver:
@@ -207,7 +216,9 @@ class Saving(Reporting, CallbackStates):
         """Let the writing process go; it finishes what it was told."""
         if self._saver is not None:
             self._saver.close()
-        self._saver = None
+        if self._exports is not None:
+            self._exports.close(wait=sys.exc_info()[0] is None)
+        self._saver = self._exports = None
 
     def _saves_in_background(self) -> bool:
         # A script without the launcher is used to events in transformers' order.
@@ -287,6 +298,8 @@ class Saving(Reporting, CallbackStates):
         protect = {newest}
         if self.state.best_model_checkpoint is not None:
             protect.add(Path(self.state.best_model_checkpoint).absolute())
+        if self._exports is not None:
+            protect |= self._exports.in_use
         # As in transformers: with a limit of one the newest stays beside the best.
         keep = max(keep, len(protect))
         try:

@@ -146,6 +146,8 @@ FATES: Mapping[str, Rule] = {
     "save_only_model": _loop("what a checkpoint holds"),
     "async_save": _loop("whether training waits until a checkpoint is on the disk"),
     "on_save_failure": _loop("whether training goes on without a checkpoint"),
+    "export": _loop("which steps become a model for from_pretrained"),
+    "export_interval": _loop("which steps become a model for from_pretrained"),
     "reset_optimizer": _loop("what of a checkpoint training goes on from"),
     "save_safetensors": _loop("the format of exported weights"),
     "save_on_each_node": _loop("which processes write"),
