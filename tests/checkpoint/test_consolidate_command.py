@@ -31,7 +31,7 @@ if "--slowly" in sys.argv:
     import bigtrain.checkpoint.consolidate.sink as sink
     sink._SYNC_BYTES = 1 << 20
     pwrite = os.pwrite
-    os.pwrite = lambda *a: (time.sleep(0.03), pwrite(*a))[1]
+    os.pwrite = lambda *a: (time.sleep(0.1), pwrite(*a))[1]
 sys.argv[0] = "bigtrain"
 from bigtrain.cli import main
 try:
@@ -164,7 +164,7 @@ def test_interrupted_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
 
 
 def test_a_terminal_shows_speed_and_time_left(tmp_path: Path) -> None:
-    make_source(tmp_path / "in", tensors=30, each=MEGABYTE)
+    make_source(tmp_path / "in", tensors=4, each=MEGABYTE)
     controller, terminal = pty.openpty()
     running = subprocess.Popen(
         command(tmp_path / "in", tmp_path / "out", "--slowly"),
