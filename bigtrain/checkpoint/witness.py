@@ -9,6 +9,7 @@ read; at the end all that they touched has been checked whole, and what nobody r
 from __future__ import annotations
 
 import os
+import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,15 +82,20 @@ class _Passage:
 
 
 class Witness:
-    """What one worker saw of the source. Not shared between threads."""
+    """What one worker saw of the source, and the thread that checks for it."""
 
     def __init__(self, find: RecordSource) -> None:
         self._find = find
+        self._guard = threading.Lock()
         self._open: dict[Path, _Passage] = {}
         self.passages: dict[Path, list[_Passage]] = {}
 
     def saw(self, path: Path, fd: int, offset: int, data: memoryview) -> None:
         """`data` was read from `offset` of `path`; it lies in one record."""
+        with self._guard:
+            self._saw(path, fd, offset, data)
+
+    def _saw(self, path: Path, fd: int, offset: int, data: memoryview) -> None:
         passage = self._open.get(path)
         if passage is None or not passage.record.start <= offset < passage.record.stop:
             passage = self._begin(path, offset)

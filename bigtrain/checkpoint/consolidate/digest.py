@@ -12,18 +12,18 @@ class Digest:
 
     def __init__(self, data: bytes = b"", *, needs_crc: bool = False) -> None:
         self._xxh3 = xxhash.xxh3_128(data)
-        self._needs_crc = needs_crc
+        self.needs_crc = needs_crc
         self.crc32 = 0
 
     def update(self, data: bytes | memoryview) -> None:
         """The next bytes."""
         self._xxh3.update(data)
-        if self._needs_crc:
+        if self.needs_crc:
             self.crc32 = zlib.crc32(data, self.crc32)
 
     def copy(self) -> Digest:
         """Another one that has seen the same."""
-        other = Digest(needs_crc=self._needs_crc)
+        other = Digest(needs_crc=self.needs_crc)
         other._xxh3, other.crc32 = self._xxh3.copy(), self.crc32
         return other
 

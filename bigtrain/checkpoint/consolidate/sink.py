@@ -1,7 +1,8 @@
-"""Bytes on their way to a file: hashed and written by one thread, brought to the disk by another.
+"""Bytes on their way to a file, through one thread each that checks, writes and syncs them.
 
-The worker fills buffers; meanwhile the writer hashes and writes the ones before, and the syncer
-keeps the disk busy, so that the last sync has little left to do.
+The worker fills buffers. Meanwhile the checker does what was noted of the ones before (checksums),
+the writer hashes and writes those before them, and the syncer keeps the disk busy, so that the last
+sync has little left to do.
 """
 
 from __future__ import annotations
@@ -11,13 +12,19 @@ import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
+from typing import NamedTuple
 
 from bigtrain.checkpoint.consolidate.digest import Digest
 
 BUFFER_BYTES = 1 << 20
 """Larger ones leave the processor's cache and are slower."""
-_BUFFERS = 4
+_BUFFERS = 6
 _SYNC_BYTES = 64 << 20
+
+
+class _Filled(NamedTuple):
+    data: memoryview | None
+    notes: list[Callable[[], object]]
 
 
 class Sink:
@@ -40,7 +47,9 @@ class Sink:
         self._written = offset
         self._synced = offset
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[_Filled | None] = queue.SimpleQueue()
+        self._checked: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._notes: list[Callable[[], object]] = []
         for _ in range(_BUFFERS):
             self._free.put(memoryview(bytearray(BUFFER_BYTES)))
         self._buffer: memoryview | None = None
@@ -52,7 +61,11 @@ class Sink:
         self._closing = False
         self._threads = [
             threading.Thread(target=self._guarded, args=(run,), name=f"sink-{name}", daemon=True)
-            for name, run in (("write", self._write_all), ("sync", self._sync_all))
+            for name, run in (
+                ("check", self._check_all),
+                ("write", self._write_all),
+                ("sync", self._sync_all),
+            )
         ]
         for thread in self._threads:
             thread.start()
@@ -72,6 +85,10 @@ class Sink:
         if self._filled == self._room:
             self._hand_over()
 
+    def note(self, task: Callable[[], object]) -> None:
+        """To be done by the checker, in order, before the buffer of the next `take` is written."""
+        self._notes.append(task)
+
     def put(self, data: bytes) -> None:
         """A few bytes that are at hand."""
         left = memoryview(data)
@@ -87,20 +104,22 @@ class Sink:
     def __exit__(
         self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._buffer is not None and fault is None:
+        if fault is None:
             self._hand_over()
         self._full.put(None)
-        self._threads[0].join()
+        checker, writer, syncer = self._threads
+        checker.join()
+        writer.join()
         self._closing = True
         self._wake.set()
-        self._threads[1].join()
+        syncer.join()
         if fault is None and self._fault is not None:
             raise self._fault
 
     def _hand_over(self) -> None:
-        assert self._buffer is not None
-        self._full.put(self._buffer[: self._filled])
-        self._buffer = None
+        data = None if self._buffer is None else self._buffer[: self._filled]
+        self._full.put(_Filled(data, self._notes))
+        self._buffer, self._notes = None, []
         self._room = BUFFER_BYTES
 
     def _guarded(self, run: Callable[[], None]) -> None:
@@ -111,8 +130,18 @@ class Sink:
             for _ in range(_BUFFERS):  # it may be waiting for a buffer
                 self._free.put(memoryview(bytearray(BUFFER_BYTES)))
 
+    def _check_all(self) -> None:
+        try:
+            while (filled := self._full.get()) is not None:
+                for task in filled.notes:
+                    task()
+                if filled.data is not None:
+                    self._checked.put(filled.data)
+        finally:
+            self._checked.put(None)
+
     def _write_all(self) -> None:
-        while (data := self._full.get()) is not None:
+        while (data := self._checked.get()) is not None:
             self._digest.update(data)
             written = 0
             while written < data.nbytes:

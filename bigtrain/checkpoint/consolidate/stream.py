@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from bigtrain.checkpoint.consolidate.casting import Cast, make_cast
@@ -49,6 +50,19 @@ class WrittenFile:
     """xxh3-128 of each tensor's bytes."""
     overflowed: dict[str, int] = field(default_factory=dict)
     """Tensors in which finite values became infinite in the new precision, and how many."""
+
+
+def _enter(
+    journal: FileJournal,
+    hashes: dict[str, str],
+    name: str,
+    digest: Digest,
+    end: int,
+    infinite: int,
+) -> None:
+    """All of a tensor has gone through its digest."""
+    hashes[name] = digest.hexdigest()
+    journal.copied(name, hashes[name], end=end, infinite=infinite)
 
 
 class Copier:
@@ -91,11 +105,10 @@ class Copier:
                     infinite = self._copy(tensor, sink, own)
                     sink.put(frame.tail(number, own.crc32))
                     crcs.append(own.crc32)
-                    hashes[tensor.name] = own.hexdigest()
                     if infinite:
                         overflowed[tensor.name] = infinite
                     end = frame.offsets[number] + tensor.nbytes
-                    journal.copied(tensor.name, own.hexdigest(), end=end, infinite=infinite)
+                    sink.note(partial(_enter, journal, hashes, tensor.name, own, end, infinite))
                 sink.put(frame.trailer(crcs))
             os.pwrite(fd, frame.header, 0)
             os.fsync(fd)
@@ -131,7 +144,7 @@ class Copier:
             offset, left = extent.offset, extent.run * entry.dtype.itemsize
             while left:
                 space = sink.space(left)
-                self._read(extent.file, offset, space)
+                self._read(extent.file, offset, space, sink=sink)
                 self._give(sink, space, digest)
                 offset += space.nbytes
                 left -= space.nbytes
@@ -217,7 +230,10 @@ class Copier:
     def _give(self, sink: Sink, filled: memoryview, digest: Digest) -> None:
         if self._stopping.is_set():
             raise Stopped
-        digest.update(filled)
+        if digest.needs_crc:  # which goes behind the tensor
+            digest.update(filled)
+        else:
+            sink.note(partial(digest.update, filled))
         self.done_bytes += filled.nbytes
         sink.take(filled.nbytes)
 
@@ -269,7 +285,8 @@ class Copier:
             self._scratch = memoryview(bytearray(max(nbytes, BUFFER_BYTES)))
         return self._scratch[:nbytes]
 
-    def _read(self, file: int, offset: int, out: memoryview) -> None:
+    def _read(self, file: int, offset: int, out: memoryview, sink: Sink | None = None) -> None:
+        """Fill `out`, which is the sink's own room where one is given."""
         fd, path = self._descriptor(file), self._index.files[file]
         filled = 0
         while filled < out.nbytes:
@@ -280,7 +297,10 @@ class Copier:
                     "early; the file is cut off"
                 )
             filled += count
-        self.witness.saw(path, fd, offset, out)
+        if sink is None:
+            self.witness.saw(path, fd, offset, out)
+        else:
+            sink.note(partial(self.witness.saw, path, fd, offset, out))
 
     def _require(self, tensor: OutputTensor) -> None:
         update = tensor.update
