@@ -6,8 +6,9 @@
 
 Checkpoints of a Llama with that many GB of fp32 weights are made on the spot by 2 ranks: torch DCP
 by torch (and as sharded safetensors, for torch's own consolidation), ZeRO-2 and ZeRO-3 by
-`torch.save` of what DeepSpeed's engine saves (a real engine would need ten times the memory). Every
-repeat runs every tool once, in turn, from a warm cache; each is a process of its own, timed from
+`torch.save` of what DeepSpeed's engine saves (a real engine would need ten times the memory; the
+moments, which nobody here reads, share the masters' bytes). Every repeat runs every tool once, in
+turn, its source in the page cache and free memory at hand; each is a process of its own, timed from
 its start until its output is synced. Ours is the command, with the checks that it does by itself.
 The process's memory is sampled: what it holds itself (anonymous), and its peak with the pages of
 files. `--limit-mb` runs each tool once more in a memory cgroup (needs root and cgroup v1 or v2);
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import mmap
 import os
 import shutil
 import statistics
@@ -127,6 +129,8 @@ def run(tool: Tool, folder: Path, *, cgroup: Path | None = None) -> Run:
     if not tool.makes_output_dir:
         output.mkdir()
     command = [part.format(**places) for part in tool.command]
+    _warm(reference if tool.name == _CP else folder / tool.source)
+    _touch(2 * (folder / "reference-fp32").stat().st_size)
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "DS_ACCELERATOR": "cpu"}
     log = (folder / "log").open("w+")
     started = time.monotonic()
@@ -155,6 +159,23 @@ def _memory_mb(pid: int) -> tuple[float, float]:
         line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("Rss", "VmH"))
     }
     return int(values.get("RssAnon", 0)) / 1024, int(values.get("VmHWM", 0)) / 1024
+
+
+def _warm(source: Path) -> None:
+    """Bring it into the page cache, from which the tools before may have pushed it."""
+    buffer = bytearray(1 << 20)
+    for path in [source] if source.is_file() else [p for p in source.rglob("*") if p.is_file()]:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def _touch(nbytes: int) -> None:
+    """Have so much free memory at hand: virtual machines give theirs back when it is not used."""
+    chunk = bytes(1 << 20)
+    with mmap.mmap(-1, nbytes) as memory:
+        for start in range(0, nbytes - len(chunk), len(chunk)):
+            memory[start : start + len(chunk)] = chunk
 
 
 def _sync(output: Path) -> None:
@@ -216,7 +237,7 @@ def write_zero(out: Path, stage: int, shapes: OrderedDict[str, tuple[int, ...]])
     for rank in range(_WORLD):
         masters = torch.empty(share).uniform_(-1, 1)
         padding = share * _WORLD - total if stage == 2 and rank == _WORLD - 1 else 0
-        moments = {"step": torch.tensor(1.0), "exp_avg": masters * 0, "exp_avg_sq": masters * 0}
+        moments = {"step": torch.tensor(1.0), "exp_avg": masters, "exp_avg_sq": masters}
         inner = {"state": {0: moments}, "param_groups": [{"lr": 1e-3, "params": [0]}]}
         state: dict[str, Any] = {"zero_stage": ZeroStageEnum(stage)}
         if stage == 2:
