@@ -8,11 +8,11 @@ Checkpoints of a Llama with that many GB of fp32 weights are made on the spot by
 by torch (and as sharded safetensors, for torch's own consolidation), ZeRO-2 and ZeRO-3 by
 `torch.save` of what DeepSpeed's engine saves (a real engine would need ten times the memory; the
 moments, which nobody here reads, share the masters' bytes). Every repeat runs every tool once, in
-turn, its source in the page cache and free memory at hand; each is a process of its own, timed from
-its start until its output is synced. Ours is the command, with the checks that it does by itself.
-The process's memory is sampled: what it holds itself (anonymous), and its peak with the pages of
-files. `--limit-mb` runs each tool once more in a memory cgroup (needs root and cgroup v1 or v2);
-`--only` leaves out the tools that haven't this in their name, `cp` aside.
+turn, its source in the page cache and right after a `cp` as large; each is a process of its own,
+timed from its start until its output is synced. Ours is the command, with the checks that it does
+by itself. The process's memory is sampled: what it holds itself (anonymous), and its peak with the
+pages of files. `--limit-mb` runs each tool once more in a memory cgroup (needs root and cgroup v1
+or v2); `--only` leaves out the tools that haven't this in their name, `cp` aside.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import mmap
 import os
 import shutil
 import statistics
@@ -130,7 +129,7 @@ def run(tool: Tool, folder: Path, *, cgroup: Path | None = None) -> Run:
         output.mkdir()
     command = [part.format(**places) for part in tool.command]
     _warm(reference if tool.name == _CP else folder / tool.source)
-    _touch(2 * (folder / "reference-fp32").stat().st_size)
+    _prime(folder / "reference-fp32")
     environment = {**os.environ, "PYTHONPATH": str(_ROOT), "DS_ACCELERATOR": "cpu"}
     log = (folder / "log").open("w+")
     started = time.monotonic()
@@ -170,12 +169,12 @@ def _warm(source: Path) -> None:
                 pass
 
 
-def _touch(nbytes: int) -> None:
-    """Have so much free memory at hand: virtual machines give theirs back when it is not used."""
-    chunk = bytes(1 << 20)
-    with mmap.mmap(-1, nbytes) as memory:
-        for start in range(0, nbytes - len(chunk), len(chunk)):
-            memory[start : start + len(chunk)] = chunk
+def _prime(reference: Path) -> None:
+    """Have free memory at hand: a virtual machine gives it back when it isn't used for seconds."""
+    path = reference.with_name("prime")
+    subprocess.run(["cp", str(reference), str(path)], check=True)
+    _sync(path)
+    path.unlink()
 
 
 def _sync(output: Path) -> None:

@@ -142,7 +142,12 @@ def test_interrupted_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     places = (tmp_path / "in", tmp_path / "out")
     journal = tmp_path / "out.partial" / "journal.jsonl"
     running = subprocess.Popen(
-        command(*places, "--slowly"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(*places, "--slowly"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells have background jobs ignore it, and so would what this test starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and running.poll() is None:
