@@ -1,4 +1,4 @@
-"""Any sharded checkpoint as a Hugging Face model directory, at the speed of a copy.
+"""Any sharded checkpoint as a Hugging Face model directory.
 
 Bytes go from wherever the source keeps them straight to their place in the output, hashed on the
 way, in memory that does not grow with the model, and without torch.

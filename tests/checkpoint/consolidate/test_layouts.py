@@ -185,6 +185,6 @@ def test_4_gb_are_written_under_a_limit_of_512_mb(options: list[str], tmp_path: 
         group.rmdir()
     assert done.returncode == 0, done.stderr
     width = 2 if "bf16" in options else 4
-    files = list((tmp_path / "out").glob("*model*0*"))
+    files = [p for p in (tmp_path / "out").iterdir() if p.suffix in (".safetensors", ".bin")]
     assert sum(path.stat().st_size for path in files) > width * numel * count
     shutil.rmtree(tmp_path)
