@@ -316,9 +316,17 @@ def killed_at(
             os.waitpid(pid, 0)
 
 
-def train_some(world: RankInfo, folder: Path, changed: dict[str, Any]) -> tuple[int, list[Any]]:
+def committed(folder: Path) -> list[int]:
+    """Steps; a staging's name is longer."""
+    names = [path.parent.name for path in folder.glob("checkpoint-*/manifest.json")]
+    return [int(name.removeprefix("checkpoint-")) for name in names if "." not in name]
+
+
+def train_some(
+    world: RankInfo, folder: Path, changed: dict[str, Any], resume: bool | None = None
+) -> tuple[int, list[Any]]:
     run = run_of(folder, **changed)
-    run.train(resume_from_checkpoint=any(folder.glob("checkpoint-*[0-9]")))
+    run.train(resume_from_checkpoint=bool(committed(folder)) if resume is None else resume)
     return resumed_from(run), losses(run)
 
 
@@ -364,7 +372,7 @@ def test_killed_at_any_time_a_run_goes_on_with_its_exact_losses(
         "ddp": {},
         "fsdp": {"fsdp": "full_shard"},
         "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
-    }[engine] | {"save_steps": 1, "save_total_limit": 3, "max_steps": 25}
+    }[engine] | {"save_steps": 1, "save_total_limit": 3, "max_steps": 25, "async_save": True}
     started = time.monotonic()
     _, whole = harness.run_ranks(2, train_some, tmp_path / "whole", changed)[0]
     took = time.monotonic() - started
@@ -374,11 +382,10 @@ def test_killed_at_any_time_a_run_goes_on_with_its_exact_losses(
         killed_at(
             2, train_some, (folder, changed), random.uniform(0.1, 1.1) * took, attempt % 2 + 1
         )
-        steps = [int(p.name.split("-")[1]) for p in folder.glob("checkpoint-*[0-9]")]
-        committed = [s for s in steps if (folder / f"checkpoint-{s}" / "manifest.json").is_file()]
-        for step, found in harness.run_ranks(2, train_some, folder, changed):
+        newest = max(committed(folder), default=0)
+        for step, found in harness.run_ranks(2, train_some, folder, changed, newest > 0):
             # A writer may have committed another one meanwhile.
-            assert step >= max(committed, default=0)
+            assert step >= newest
             assert found == whole, (attempt, step)
         shutil.rmtree(folder)
     torch.manual_seed(0)
