@@ -172,6 +172,7 @@ def test_a_run_that_was_requeued_ends_with_the_losses_of_an_undisturbed_one(
 def test_a_time_limit_ahead_makes_it_save_leave_with_85_and_resume_by_itself(run: Run) -> None:
     run.submit("--set", "training.max_steps=2000", "--set", "training.save_steps=1000",
                "--time", "1:00", "--signal", "USR2@35")  # fmt: skip
+    run.wait_for_step(1)
     run.ended("PENDING", timeout_s=90)
     assert "going on in a new start of job" in run.text()
     saved = sorted((run.folder / "out").glob("checkpoint-*"))
@@ -239,7 +240,7 @@ def test_with_a_spare_node_the_run_goes_on_within_the_allocation(
     run = _run(own_bed, tmp_path).submit("--nodes", "3", "--sbatch", "spare_nodes=1", *steps)
     run.wait_for_step(7)
     own_bed.set_link(1, up=False)
-    limit = time.monotonic() + 120
+    limit = time.monotonic() + 240
     while "going on from" not in run.text():
         assert time.monotonic() < limit, run.text()
         time.sleep(0.5)
