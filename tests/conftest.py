@@ -94,10 +94,10 @@ def clean_environment(
 @pytest.fixture(autouse=True)
 def own_log_level() -> Iterator[None]:
     """A test whose trainer sets `log_level` does not silence the tests after it."""
-    logger = logging.getLogger("bigtrain")
-    before = logger.level
+    levels = {name: logging.getLogger(name).level for name in ("bigtrain", "transformers")}
     yield
-    logger.setLevel(before)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture
