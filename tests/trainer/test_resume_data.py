@@ -83,6 +83,9 @@ def test_ignore_data_skip_starts_the_epoch_over(tmp_path: Path) -> None:
 def test_arguments_that_differ_are_listed_with_which_counts(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    logging.set_verbosity_warning()
+    # Of the same words transformers warns once in a process, which may have been in another test.
+    type(logging.get_logger()).warning_once.cache_clear()  # type: ignore[attr-defined]
     trainer(tmp_path, save_strategy="steps", save_steps=2, max_steps=4).train()
     with CaptureLogger(logging.get_logger()) as theirs:
         rest = trainer(
