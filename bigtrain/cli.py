@@ -103,8 +103,8 @@ def _script_arguments_hint(words: list[str]) -> str | None:
     if words[:1] not in (["launch"], ["plan"]) or script is None or "--" in words:
         return None
     return (
-        "A script's own arguments come after --: "
-        f"bigtrain {words[0]} {words[script]} -- {shlex.join(words[script + 1 :])}".rstrip()
+        "A script's own arguments come after bigtrain's and --, as in: "
+        f"bigtrain {words[0]} {shlex.quote(words[script])} --procs-per-node 2 -- --lr 1e-4"
     )
 
 

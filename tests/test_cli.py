@@ -77,7 +77,8 @@ def test_a_scripts_own_arguments_are_told_apart_in_the_answer(folder: Path) -> N
 
     assert done.returncode == 2
     assert done.stderr.endswith(
-        "\nA script's own arguments come after --: bigtrain launch train.py -- --lr 1e-4 'a b'\n"
+        "\nA script's own arguments come after bigtrain's and --, as in: "
+        "bigtrain launch train.py --procs-per-node 2 -- --lr 1e-4\n"
     )
 
 

@@ -25,11 +25,12 @@ def summary(plan: RunPlan, *, exit_code: int) -> dict[str, Any]:
     }
 
 
-def how_to_go_on(plan: RunPlan) -> str:
-    """For a person who has stopped the run."""
-    checkpoint = newest_checkpoint(plan)
+def how_to_go_on(plan: RunPlan, *, saved: str | None) -> str:
+    """For a person who has stopped the run. `saved`: the last checkpoint that it has told of."""
+    same = plan.kind == "run_file" and plan.resume == "auto"
+    if saved is not None and not same:
+        return f"go on from {saved} with --resume auto"
+    checkpoint = saved or (newest_checkpoint(plan) if same else None)
     if checkpoint is None:
-        return "no checkpoint was saved: the next start begins anew"
-    if plan.kind == "script":
-        return f"go on from {checkpoint} with --resume auto"
+        return "no checkpoint was saved"
     return f"the same command goes on from {checkpoint}"

@@ -38,8 +38,8 @@ class LogFollower:
         self._is_over = False
 
     def end_at_traceback(self) -> None:
-        """A rank has failed: what rank 0 writes is shown up to its own traceback, if it comes to
-        one. The failure's message has the cause, from which rank 0's may only follow."""
+        """A rank has failed or is interrupted: what rank 0 writes is shown up to its own traceback,
+        if it comes to one. The failure's message has the cause, from which rank 0's may follow."""
         self._ends_at_traceback = True
 
     def poll(self) -> None:

@@ -185,6 +185,8 @@ class Supervisor:
                 continue
             if number == signal.SIGINT:
                 self._say("interrupted: the ranks are told to stop (Ctrl-C again: kill them)")
+                if self._follower is not None:
+                    self._follower.end_at_traceback()
             self._stopped_by, self._stopped_at = number, time.time()
             self._signal_all(number)
             if number in _STOPPING:

@@ -56,9 +56,10 @@ def check_output_dir(plan: RunPlan) -> None:
 
 def _occupant(plan: RunPlan, output_dir: Path) -> str:
     """Whose the directory is, as the end of a sentence; empty where it is free or this run's."""
+    files = _stray_files(output_dir)
     recorded = _recorded(output_dir)
-    if not recorded:
-        return _stray_files(output_dir)
+    if not recorded or not files:  # attempts that have left plans and logs alone own nothing
+        return files
     _, path = max(recorded)
     try:
         earlier = read_plan(path)

@@ -110,11 +110,15 @@ class Resume(Saving):
             return found
         path = Path(asked)
         if path.is_dir() and not _is_ours(path) and (is_foreign(path) or _is_transformers(path)):
-            return path
-        try:
-            return require_checkpoint(path)
-        except CheckpointError as error:
-            raise NoCheckpointError(f"Can't find a valid checkpoint at {path}: {error}") from error
+            found = path
+        else:
+            try:
+                found = require_checkpoint(path)
+            except CheckpointError as error:
+                why = f"Can't find a valid checkpoint at {path}: {error}"
+                raise NoCheckpointError(why) from error
+        logger.info("going on from %s", found)
+        return found
 
     def _last_checkpoint(self, *, since: datetime | None = None) -> Path | None:
         """The newest that verifies, committed after `since`; decided by rank 0 for all."""
@@ -141,6 +145,8 @@ class Resume(Saving):
                 logger.warning("%s is passed over: %s", path, why)
         if found.path is not None or search.since is not None:
             return found.path
+        if found.passed_over and all(_is_ours(path) for path, _ in found.passed_over):
+            logger.warning("no checkpoint in %s is whole: training starts anew", directory)
         last = get_last_checkpoint(str(directory))
         if last is None or Path(last) in search.damaged or _is_ours(Path(last)):
             return None

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-_NOTHING_SAVED = "no checkpoint was saved: the next start begins anew"
+_NOTHING_SAVED = "no checkpoint was saved"
 _HANDLES = """
     import os, signal, sys, time
     seen = []
@@ -207,3 +207,26 @@ def _is_leader(process: psutil.Process) -> bool:
 
 def _words(path: Path) -> list[str]:
     return path.read_text().split()
+
+
+def test_a_stop_names_the_checkpoint_that_the_run_itself_has_saved(
+    launcher: Any, wait_ready: Any
+) -> None:
+    launched = launcher.start(
+        """
+        import time
+        from bigtrain.cluster import events
+        print("before")
+        events.emit("saved", path="elsewhere/checkpoint-7", step=7)
+        open("ready-0", "w").close()
+        time.sleep(600)
+        """
+    )
+    wait_ready(1)
+    launched.process.send_signal(signal.SIGINT)
+    done = launched.wait(timeout_s=20)
+    assert done.code == 130
+    assert done.err.splitlines()[-1] == (
+        "stopped by SIGINT; go on from elsewhere/checkpoint-7 with --resume auto"
+    )
+    assert "before" in done.out and "KeyboardInterrupt" not in done.out

@@ -227,6 +227,9 @@ def test_another_run_s_directory_is_refused_with_the_ways_out(folder: Path) -> N
     write_plan(first, plan_path(first))
     ways = "give another --output-dir, or go on in it with --set training.overwrite_output_dir=true"
     out = folder / "out"
+    # An attempt that has left no model and no checkpoint owns nothing.
+    assert _make(folder, "output_dir=out", "model.config.hidden_size=32").attempt == 2
+    (out / "checkpoint-5").mkdir()
 
     assert _fault(folder, "output_dir=out", "name=other") == (
         f"--set: output_dir: {out} belongs to the run 'quick', and this one is 'other'; {ways}"
