@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from bigtrain.plan import RunPlan, read_plan
 from bigtrain.plan_report import leaves, origin, short
 
 _NOTHING = "–"
+_SHOWN_BESIDE = frozenset({"forecast", "commands"})
+"""What `--json` shows beside the plan itself."""
 # About this attempt and this machine, not about what is trained.
 _NOT_COMPARED = frozenset(
     {"fates", "origins", "attempt", "run_id", "start_reason", "working_dir", "preload"}
@@ -52,13 +55,25 @@ def differences(one: RunPlan, other: RunPlan) -> list[Difference]:
 def recorded_plan(place: Path) -> RunPlan | None:
     """The plan in a JSON file, or the last one that a run's directory records; else None."""
     if place.suffix == ".json":
-        return read_plan(place)
+        return _shown_plan(place)
     if not place.is_dir():
         return None
     plans = sorted((place / "plans").glob("attempt-*.json"))
     if not plans:
         raise ConfigError(f"{place} holds no plan; give a run file, a plan, or a run's directory")
     return read_plan(plans[-1])
+
+
+def _shown_plan(place: Path) -> RunPlan:
+    """A recorded plan, or what `bigtrain plan --json` has shown."""
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return read_plan(place)  # which says what is wrong with it
+    if not isinstance(content, dict) or not content.keys() & _SHOWN_BESIDE:
+        return read_plan(place)
+    kept = {key: value for key, value in content.items() if key not in _SHOWN_BESIDE}
+    return RunPlan.from_json(json.dumps(kept))
 
 
 def _flat(plan: RunPlan) -> Iterator[tuple[str, Any]]:

@@ -99,6 +99,8 @@ class Batch:
     compute_bytes: int
     is_autocast: bool
     """Weights are wider than the arithmetic, and are cast as they are used."""
+    casts_weights: bool = True
+    """False where the big matrices are frozen in the arithmetic's own precision, as under LoRA."""
     keeps_logits: bool = True
     """False with a fused loss (Liger), which never holds all logits."""
 
@@ -112,6 +114,7 @@ def activation_bytes(shape: Architecture, batch: Batch) -> ActivationBytes:
     tokens, width = batch.tokens, batch.compute_bytes
     # Autocast leaves the residual stream in fp32; without it, it has the compute precision.
     stream = 4 if batch.is_autocast else width
+    casts = width if batch.is_autocast and batch.casts_weights else 0
     return ActivationBytes(
         layer=tokens * (_norms(shape, batch) + _attention(shape, batch) + _mlp(shape, batch)),
         checkpoint=tokens * stream * shape.hidden,
@@ -119,8 +122,8 @@ def activation_bytes(shape: Architecture, batch: Batch) -> ActivationBytes:
         head=tokens * ((4 + 2 * stream) * shape.hidden + 4),
         logits=_logits(shape, batch),
         fixed=tokens * (16 + 2 * stream * shape.head_dim // batch.sequences),
-        layer_casts=width * _layer_weights(shape) if batch.is_autocast else 0,
-        head_casts=width * shape.hidden * shape.vocabulary if batch.is_autocast else 0,
+        layer_casts=casts * _layer_weights(shape),
+        head_casts=casts * shape.hidden * shape.vocabulary,
     )
 
 

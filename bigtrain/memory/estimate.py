@@ -56,8 +56,18 @@ class Request:
             sequence_length=self.sequence_length,
             compute_bytes=compute,
             is_autocast=whole and compute < BYTES[self.config.master_dtype],
+            casts_weights=2 * _frozen_as_computed(self.shapes, compute) < self.shapes.numel,
             keeps_logits=not self.training.get("use_liger_kernel"),
         )
+
+
+def _frozen_as_computed(shapes: ModelShapes, compute_bytes: int) -> int:
+    """Elements that are not trained and no wider than the arithmetic."""
+    return sum(
+        parameter.numel
+        for parameter in shapes.parameters
+        if not parameter.trained and BYTES[parameter.dtype] <= compute_bytes
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

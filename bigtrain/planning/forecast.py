@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -119,9 +120,9 @@ def make_schedule(plan: RunPlan) -> Schedule:
 
 
 def read_bytes(text: str, *, label: str) -> int:
-    """`80GiB`, `40 GB` or a plain number of bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)?\s*", text, re.IGNORECASE)
-    if found is None:
+    """`80GiB`, `40 GB` or a plain number of bytes, of which no device has less than a MiB."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    if found is None or (found[2] is None and float(found[1]) < _UNITS["MIB"]):
         raise ConfigError(f"{label} {text}: not a size; write 80GiB, for example")
     return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
 
@@ -135,8 +136,8 @@ def _checkpoints(values: Mapping[str, Any], steps: int | None) -> int | None:
     if strategy != "steps" or steps is None:
         return None
     every = values["save_steps"]
-    interval = every if every >= 1 else max(1, round(steps * every))
-    return max(1, steps // int(interval))
+    interval = every if every >= 1 else max(1, math.ceil(steps * every))
+    return math.ceil(steps / int(interval))  # the last step is saved, too
 
 
 def _memory(

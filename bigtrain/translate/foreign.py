@@ -22,7 +22,7 @@ from bigtrain.translate.config import (
 def asked_engine(values: Mapping[str, Any]) -> EngineName | None:
     """The engine that `deepspeed` or `fsdp` among `values` asks for; None if neither is set."""
     if values.get("deepspeed"):
-        return given_json.engine(given_json.read(values["deepspeed"], "deepspeed"))
+        return given_json.engine(given_json.read_deepspeed(values["deepspeed"]))
     return "fsdp" if values.get("fsdp") else None
 
 
@@ -35,7 +35,7 @@ def implied(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Fields that `values` leave open and a given DeepSpeed JSON fills: value and its key."""
     if not values.get("deepspeed"):
         return {}
-    given = given_json.read(values["deepspeed"], "deepspeed")
+    given = given_json.read_deepspeed(values["deepspeed"])
     found = {
         field: (value, key)
         for field, key, value in given_json.implied(given)
@@ -52,14 +52,14 @@ def overlay(settings: EngineSettings, values: Mapping[str, Any]) -> EngineSettin
     """`settings` with the keys of a given DeepSpeed JSON that TrainingArguments has no word for."""
     if not values.get("deepspeed") or not isinstance(settings, DeepSpeedSettings):
         return settings
-    given = given_json.read(values["deepspeed"], "deepspeed")
+    given = given_json.read_deepspeed(values["deepspeed"])
     return replace(settings, json=given_json.overlay(settings.json, given))
 
 
 def unresolved(settings: EngineSettings, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, what is wrong and the fix) for "auto"s that nothing here gives a value for."""
     if values.get("deepspeed") and isinstance(settings, DeepSpeedSettings):
-        given = given_json.read(values["deepspeed"], "deepspeed")
+        given = given_json.read_deepspeed(values["deepspeed"])
         for key in given_json.unresolved(given, settings.json):
             yield "deepspeed", f'{key} is "auto" there, and bigtrain has no value for it; say one'
 
@@ -86,7 +86,7 @@ def faults(
     if values.get("fsdp"):
         yield from given_fsdp.faults(values)
     if values.get("deepspeed"):
-        given = given_json.read(values["deepspeed"], "deepspeed")
+        given = given_json.read_deepspeed(values["deepspeed"])
         for why in given_json.faults(given, values, origins=origins):
             yield "deepspeed", why
     yield from _accelerator_faults(values.get("accelerator_config"), engine=engine)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bigtrain.errors import ConfigError
+from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.translate import deepspeed_keys
 from bigtrain.translate.config import EngineName
 
@@ -40,6 +41,24 @@ _SCHEDULES = {
 _OPTIMIZERS = ("AdamW", "Adam")
 
 
+_SECTIONS = frozenset(
+    {
+        *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"),
+        *("activation_checkpointing", "aio", "flops_profiler", "comms_logger"),
+        *("tensorboard", "wandb", "comet", "csv_monitor"),
+    }
+)
+
+
+def read_deepspeed(given: Any) -> dict[str, Any]:
+    """DeepSpeed's, as `read`; ConfigError also lists what is no section, and secrets."""
+    value = read(given, "deepspeed")
+    found = [f"training.deepspeed: {why}" for why in _malformed(value)]
+    if found:
+        raise ConfigError(found)
+    return value
+
+
 def read(given: Any, field: str) -> dict[str, Any]:
     """A mapping, JSON text, or the path of a JSON file. ConfigError names `field`."""
     if isinstance(given, Mapping):
@@ -52,6 +71,21 @@ def read(given: Any, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"training.{field}: {given} holds no JSON object")
     return value
+
+
+def _malformed(given: Json) -> Iterator[str]:
+    """Sections that are none, a stage that is no number, and secrets, which are never shown."""
+    for key in sorted(_SECTIONS & given.keys()):
+        if not isinstance(given[key], Mapping):
+            yield f'{key} is {given[key]!r} there; make it a section, as in {{"enabled": true}}'
+    section = given.get("zero_optimization")
+    stage = section.get("stage", 0) if isinstance(section, Mapping) else 0
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        yield f"zero_optimization.stage is {stage!r} there, not 0, 1, 2 or 3"
+    for key, content in given.items():
+        if isinstance(content, Mapping):
+            names = (name for name, value in content.items() if value and looks_secret(name))
+            yield from (f"{key}.{name}: {SECRET_ADVICE}" for name in names)
 
 
 def engine(given: Json) -> EngineName:

@@ -73,7 +73,7 @@ def test_steps_checkpoints_and_disk_are_counted(tmp_path: Path) -> None:
 
     assert found.model.shapes is not None
     assert found.disk is not None
-    assert (found.schedule.steps, found.schedule.checkpoints) == (100, 3)
+    assert (found.schedule.steps, found.schedule.checkpoints) == (100, 4)
     assert found.schedule.tokens_per_step == 4 * 128
     assert found.disk.kept == 2
     state = 12 * found.model.shapes.numel
@@ -155,16 +155,17 @@ def test_engines_are_compared_and_those_that_can_not_run_say_why(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("80GiB", 80 << 30), ("40 GB", 40 * 10**9), ("1024", 1024)]
+    ("text", "number"), [("80GiB", 80 << 30), ("40 GB", 40 * 10**9), ("85899345920", 80 << 30)]
 )
 def test_sizes_are_read(text: str, number: int) -> None:
     assert read_bytes(text, label="--device-memory") == number
 
 
-def test_a_size_that_is_none_is_refused() -> None:
+@pytest.mark.parametrize("text", ["lots", "80", "80iB"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        read_bytes("lots", label="--device-memory")
-    assert str(raised.value) == "--device-memory lots: not a size; write 80GiB, for example"
+        read_bytes(text, label="--device-memory")
+    assert str(raised.value) == f"--device-memory {text}: not a size; write 80GiB, for example"
 
 
 def _command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -236,3 +237,22 @@ finally:
     status = Path("/proc/self/status").read_text()
     print(time.process_time(), re.search(r"VmHWM:\\s+(\\d+)", status)[1], file=sys.stderr)
 """
+
+
+def test_frozen_weights_in_the_arithmetic_s_precision_are_not_cast(tmp_path: Path) -> None:
+    target = str(share_root() / "configs" / "llama3-8b-lora.yaml")
+    plan = _plan(target, "cluster.nodes=1", "cluster.procs_per_node=8", folder=tmp_path)
+    found = _forecast(plan, tmp_path)
+
+    assert found.memory is not None and found.model.shapes is not None
+    assert plan.engine.name == "ddp"
+    assert found.memory.activations < found.model.shapes.numel  # half of what all copies take
+
+
+def test_what_plan_shows_as_json_can_be_compared_with(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    (tmp_path / "shown.json").write_text(_command(tmp_path, "run.yaml", "--json").stdout)
+
+    done = _command(tmp_path, "run.yaml", "--diff", "shown.json")
+
+    assert done.stdout == "run.yaml and shown.json plan the same run\n", done.stderr

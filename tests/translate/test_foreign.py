@@ -251,3 +251,19 @@ def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: s
         asked_engine({"deepspeed": given})
 
     assert str(raised.value) == f"training.deepspeed: {message}"
+
+
+def test_malformed_sections_and_secrets_of_a_deepspeed_config_are_told_at_once() -> None:
+    given = {
+        "bf16": True,
+        "zero_optimization": {"stage": "3"},
+        "comet": {"enabled": True, "api_key": "of-mine"},
+    }
+    with pytest.raises(ConfigError) as raised:
+        asked_engine({"deepspeed": given})
+
+    bf16, stage, secret = raised.value.faults
+    assert bf16.startswith("training.deepspeed: bf16 is True there; make it a section")
+    assert stage == "training.deepspeed: zero_optimization.stage is '3' there, not 0, 1, 2 or 3"
+    assert secret.startswith("training.deepspeed: comet.api_key: a secret's value must not be")
+    assert "of-mine" not in str(raised.value)
