@@ -54,7 +54,8 @@ class Agent:
         )
         self._environment = environment.for_node(plan, inherited=inherited, logs=self._logs)
         self._server: ForkServer | None = None
-        self._saved: str | None = None
+        self.saved: str | None = None
+        """The last checkpoint that the ranks have told of."""
         self._preloaded = False
 
     def run(self) -> int:
@@ -231,7 +232,7 @@ class Agent:
     def _show(self, rank: int, event: dict[str, Any]) -> None:
         kind = event.pop("kind")
         if kind == "saved":
-            self._saved = str(event.get("path"))
+            self.saved = str(event.get("path"))
         if kind in ("warning", "error", "failed"):
             self._log.write(f"rank {rank}: {kind} {event.get('text', '')}")
         self._console.show(Event(node_rank=self._node_rank, rank=rank, kind=kind, fields=event))
@@ -243,7 +244,7 @@ class Agent:
             self._console.fail(text, details=failure.details(outcome.failure))
         elif outcome.stopped_by is not None and outcome.exit_code:
             name = failure.signal_name(outcome.stopped_by)
-            self._say(f"stopped by {name}; {ending.how_to_go_on(self._plan, saved=self._saved)}")
+            self._say(f"stopped by {name}; {ending.how_to_go_on(self._plan, saved=self.saved)}")
         self._log.write(f"the round ended with exit code {outcome.exit_code}")
 
     def _say(self, text: str) -> None:

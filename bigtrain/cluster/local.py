@@ -36,7 +36,7 @@ def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
     )
     try:
         exit_code = agent.run()
-        console.end(ending.summary(plan, exit_code=exit_code))
+        console.end(ending.summary(plan, exit_code=exit_code, saved=agent.saved))
         return exit_code
     finally:
         console.close()

@@ -77,7 +77,7 @@ def launch(
         record(agent.verdict)
     if seat.node_rank == 0 or agent.lifeline.has_lost_head:
         _tell(agent.verdict, console)
-        console.end(ending.summary(attempt_plan, exit_code=code))
+        console.end(ending.summary(attempt_plan, exit_code=code, saved=agent.saved))
         console.close()
     return code
 

@@ -27,6 +27,7 @@ from transformers.trainer_utils import (
 
 from bigtrain.trainer import sharding
 from bigtrain.trainer.core import TrainerCore
+from bigtrain.trainer.schedule import Schedule, make_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -313,6 +314,36 @@ class Batches(TrainerCore):
         if "shift_labels" in batch:
             return batch["shift_labels"]
         return batch["labels"][..., 1:] if self._loss_shifts_labels else batch["labels"]
+
+    # ---- How long it takes ----
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        """Samples in one optimizer step over all ranks."""
+        return int(self._train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+    def set_initial_training_values(
+        self, args: Any, dataloader: DataLoader[Any]
+    ) -> tuple[int, int, int, float, int, int, int]:
+        """Epochs, steps an epoch, examples, samples to train on, samples a step, batches an epoch
+        and steps, as transformers' Trainer answers."""
+        schedule = self._make_schedule(args, dataloader)
+        return (
+            schedule.num_epochs,
+            schedule.steps_per_epoch,
+            schedule.num_examples,
+            schedule.num_train_samples,
+            schedule.global_batch_size,
+            schedule.batches_per_epoch,
+            schedule.max_steps,
+        )
+
+    def _make_schedule(self, args: Any, loader: DataLoader[Any]) -> Schedule:
+        return make_schedule(
+            args,
+            batches=len(loader) if has_length(loader) else None,
+            num_examples=lambda: self.num_examples(loader),
+            global_batch=self.get_total_train_batch_size(args),
+        )
 
     # ---- Inputs ----
 

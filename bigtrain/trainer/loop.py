@@ -22,7 +22,6 @@ from transformers.trainer_utils import (
     SaveStrategy,
     TrainOutput,
     find_executable_batch_size,
-    has_length,
     speed_metrics,
 )
 
@@ -31,7 +30,7 @@ from bigtrain.trainer.evaluation import Evaluation
 from bigtrain.trainer.hub import Hub
 from bigtrain.trainer.hyperparameters import HyperparameterSearch
 from bigtrain.trainer.resume import Resume
-from bigtrain.trainer.schedule import Schedule, make_schedule
+from bigtrain.trainer.schedule import Schedule
 from bigtrain.trainer.stopping import StopRequestedError
 
 logger = logging.getLogger(__name__)
@@ -286,34 +285,6 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
                 self._save_and_tell(model, trial)
 
     # ---- Start and end ----
-
-    def get_total_train_batch_size(self, args: Any) -> int:
-        """Samples in one optimizer step over all ranks."""
-        return int(self._train_batch_size * args.gradient_accumulation_steps * args.world_size)
-
-    def set_initial_training_values(
-        self, args: Any, dataloader: DataLoader[Any]
-    ) -> tuple[int, int, int, float, int, int, int]:
-        """Epochs, steps an epoch, examples, samples to train on, samples a step, batches an epoch
-        and steps, as transformers' Trainer answers."""
-        schedule = self._make_schedule(args, dataloader)
-        return (
-            schedule.num_epochs,
-            schedule.steps_per_epoch,
-            schedule.num_examples,
-            schedule.num_train_samples,
-            schedule.global_batch_size,
-            schedule.batches_per_epoch,
-            schedule.max_steps,
-        )
-
-    def _make_schedule(self, args: Any, loader: DataLoader[Any]) -> Schedule:
-        return make_schedule(
-            args,
-            batches=len(loader) if has_length(loader) else None,
-            num_examples=lambda: self.num_examples(loader),
-            global_batch=self.get_total_train_batch_size(args),
-        )
 
     def _start_state(self, schedule: Schedule, checkpoint: Path | None, trial: Any) -> None:
         self.state = self._new_state()
