@@ -45,6 +45,7 @@ wheel: $(STAMP)
 
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/launch.py
+	$(BIN)/python benchmarks/launch.py --steps fsdp zero3 --without-accelerate
 	$(BIN)/python benchmarks/loop.py
 
 setup: $(STAMP)
@@ -64,13 +65,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The tests of submission and of many nodes run on a real Slurm of this machine's own.
 slurm-packages:
-	@if command -v slurmctld >/dev/null; then :; \
+	@if command -v slurmctld >/dev/null && command -v shellcheck >/dev/null; then :; \
 	elif [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then \
 		echo "Slurm is not installed here, and installing it takes root on Debian: its tests are skipped"; \
 	else \
 		echo "installing Slurm for the tests"; \
 		apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-			slurm-wlm munge iproute2 >/dev/null || echo "Slurm can't be installed: its tests are skipped"; \
+			slurm-wlm munge iproute2 shellcheck >/dev/null || echo "Slurm can't be installed: its tests are skipped"; \
 	fi
 
 clean:

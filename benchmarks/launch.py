@@ -1,6 +1,6 @@
 """How long from the command to the first collective, and to the first optimizer step.
 
-    python benchmarks/launch.py                        first collective: 2, 4 and 8 ranks
+    python benchmarks/launch.py                        --help; first collective: 2, 4, 8 ranks
     python benchmarks/launch.py --steps fsdp zero3     first optimizer step of a run file
     python benchmarks/launch.py --json                 for programs
 
@@ -108,10 +108,24 @@ def _contests(options: argparse.Namespace, folder: Path) -> list[Contest]:
         ]
     script = folder / "first_collective.py"
     script.write_text(_SCRIPT)
-    return [
+    collectives = [
         _first_collective(ranks, script, with_accelerate=not options.without_accelerate)
         for ranks in options.ranks or (2, 4, 8)
     ]
+    return [_help(), *collectives]
+
+
+def _help() -> Contest:
+    """No ranks: the time until `--help` has answered and left."""
+    return Contest(
+        name="--help",
+        ranks=0,
+        commands={
+            "torchrun": lambda _: [sys.executable, "-m", "torch.distributed.run", "--help"],
+            "bigtrain launch": lambda _: [sys.executable, "-m", "bigtrain", "--help"],
+        },
+        moment=_answered_time,
+    )
 
 
 def _first_collective(ranks: int, script: Path, *, with_accelerate: bool) -> Contest:
@@ -231,6 +245,11 @@ def _environment(folder: Path) -> dict[str, str]:
         # Without it a worker under torchrun writes no metrics; bigtrain launch sets its own.
         "BIGTRAIN_LOG_DIR": str(folder),
     }
+
+
+def _answered_time(folder: Path) -> float | None:
+    """Now, just after the command has left, if it showed its usage."""
+    return time.time() if "usage" in (folder / "output.txt").read_text().lower() else None
 
 
 def _written_time(folder: Path) -> float | None:

@@ -134,17 +134,21 @@ def test_a_flipped_bit_in_a_foreign_file_is_an_error_on_all_ranks(tmp_path: Path
 
 
 class Hostile:
+    """Leaves `marker` wherever it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("/tmp/bigtrain-hostile-pickle"),))
+        return (Path.touch, (self._marker,))
 
 
 def test_a_hostile_file_does_nothing(tmp_path: Path) -> None:
-    marker = Path("/tmp/bigtrain-hostile-pickle")
-    marker.unlink(missing_ok=True)
+    marker = tmp_path / "was-run"
     run_ranks(1, write_as, SINGLE, tmp_path / "c", by_accelerate)
-    state = {"state": {0: {"exp_avg": Hostile()}}, "param_groups": [{"params": [0]}]}
+    state = {"state": {0: {"exp_avg": Hostile(marker)}}, "param_groups": [{"params": [0]}]}
     torch.save(state, tmp_path / "c" / "optimizer.bin")
-    (tmp_path / "c" / "scheduler.bin").write_bytes(pickle.dumps(Hostile()))
+    (tmp_path / "c" / "scheduler.bin").write_bytes(pickle.dumps(Hostile(marker)))
     found = read_foreign(tmp_path / "c", names=[["a"]])
     assert ("a", "exp_avg") not in found.index.entries
     with (
