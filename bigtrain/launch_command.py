@@ -37,7 +37,7 @@ from bigtrain.plan import RunPlan, write_plan
 from bigtrain.plan_command import forecast_here, plan_as_json
 from bigtrain.plan_report import report
 from bigtrain.planning import Request, Surroundings, make_plan
-from bigtrain.planning.output_dir import plan_path
+from bigtrain.planning.output_dir import check_not_in_use, plan_path
 from bigtrain.slurm import identity
 
 _RUN_FILES = (".yaml", ".yml")
@@ -106,6 +106,7 @@ def _here(launch: Launch) -> int:
     path = plan_path(made)
     if made.topology.nodes > 1:
         raise UnsupportedError(_how_to_use_nodes(made.topology.nodes, launch))
+    check_not_in_use(made)
     write_plan(made, path)
     console = open_console(as_json=launch.as_json)
     why = made.origins.get("engine.name", "")

@@ -59,6 +59,8 @@ class SaveRequest:
     on an engine that doesn't shard, `model.safetensors` is one of them."""
     only_model: bool = False
     """Leave out optimizer, scheduler, scaler and random state."""
+    check_place: Callable[[], None] = lambda: None
+    """Raises CheckpointError, on rank 0, where this run may not write any more."""
 
 
 def save_checkpoint(
@@ -230,6 +232,7 @@ def _open_destination(
     request: SaveRequest, snapshot: Snapshot, engine: Engine, world: RankInfo, needed: int
 ) -> Destination:
     directory = request.target.parent
+    request.check_place()
     stagings.clear_leftovers(directory, run_id=request.run_id)
     staging = stagings.new_staging(request.target, run_id=request.run_id)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigtrain.checkpoint import lease
 from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan, read_plan
 
@@ -52,6 +53,14 @@ def check_output_dir(plan: RunPlan) -> None:
             f"{said}output_dir: {output_dir} {occupant}; give another --output-dir, "
             "or go on in it with --set training.overwrite_output_dir=true"
         )
+
+
+def check_not_in_use(plan: RunPlan) -> None:
+    """ConfigError where a run is writing there now: its own ranks would say so only later."""
+    output_dir = Path(plan.output_dir)
+    holder = lease.living_holder(output_dir)
+    if holder is not None:
+        raise ConfigError(f"output_dir: {lease.in_use(output_dir, holder)}")
 
 
 def _occupant(plan: RunPlan, output_dir: Path) -> str:

@@ -54,6 +54,17 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         """
         self._memory_tracker.start()
         self._hp_search_setup(trial)
+        if self.args.save_strategy == SaveStrategy.NO and not self._stop.is_armed:
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with self._holding(self._output_dir(), self._plan, self.args.ranks):
+            return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _train(
+        self,
+        resume_from_checkpoint: str | bool | None,
+        trial: Any,
+        ignore_keys_for_eval: list[str] | None,
+    ) -> TrainOutput:
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint is not None and self.args.auto_find_batch_size:
             self._take_found_batch_size(checkpoint)

@@ -31,6 +31,7 @@ from bigtrain.errors import CheckpointError, UnsupportedError
 from bigtrain.trainer import collectives, rng
 from bigtrain.trainer.callback_states import CallbackStates
 from bigtrain.trainer.exporting import Exports
+from bigtrain.trainer.leasing import Leasing
 from bigtrain.trainer.reporting import Reporting
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ SAFETENSORS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 
 
-class Saving(Reporting, CallbackStates):
+class Saving(Reporting, CallbackStates, Leasing):
     """What the trainer writes."""
 
     _run_id: str | None = None
@@ -159,6 +160,7 @@ class Saving(Reporting, CallbackStates):
             rng_state=rng.state(self.engine.device),
             write_files=self._write_checkpoint_files,
             only_model=self.args.save_only_model,
+            check_place=self._may_write,
         )
         with self._failure_as_asked():
             saver = self._open_saver()
