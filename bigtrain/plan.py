@@ -22,6 +22,7 @@ from bigtrain.translate.config import (
     DdpSettings,
     DeepSpeedSettings,
     EngineConfig,
+    EngineOptions,
     EngineSettings,
     FsdpSettings,
     SingleSettings,
@@ -44,6 +45,8 @@ class RunPlan:
     topology: Topology
     device: Literal["cpu", "cuda"]
     engine: EngineConfig
+    options: EngineOptions = field(default_factory=EngineOptions)
+    """What was asked of the engine beyond TrainingArguments, here or in a given config."""
     fates: tuple[ArgumentFate, ...] = ()
     model: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
@@ -85,8 +88,10 @@ class RunPlan:
 
     def to_json(self) -> str:
         """The whole plan as text. `from_json` gives back an equal plan."""
+        content = dataclasses.asdict(self)
+        said = {key: value for key, value in content["options"].items() if value is not None}
         return json.dumps(
-            {"format": _FORMAT, **dataclasses.asdict(self)}, indent=2, allow_nan=False
+            {"format": _FORMAT, **content, "options": said}, indent=2, allow_nan=False
         )
 
     @classmethod
@@ -182,6 +187,7 @@ def _decoded(content: dict[str, Any]) -> dict[str, Any]:
         **content,
         "topology": Topology(**content["topology"]),
         "engine": EngineConfig(**{**engine, "settings": settings}),
+        "options": EngineOptions(**_tuples(content.get("options", {}))),
         "fates": tuple(ArgumentFate(**fate) for fate in content["fates"]),
         "script_args": tuple(content["script_args"]),
         "preload": tuple(content["preload"]),

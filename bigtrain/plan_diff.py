@@ -80,4 +80,6 @@ def _flat(plan: RunPlan) -> Iterator[tuple[str, Any]]:
     content = dataclasses.asdict(plan)
     for key in _NOT_COMPARED:
         del content[key]
+    options = content.pop("options")  # said in the section `engine`
+    yield from leaves("engine", {key: value for key, value in options.items() if value is not None})
     yield from leaves("", content)

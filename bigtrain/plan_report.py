@@ -55,12 +55,17 @@ def _run_rows(plan: RunPlan) -> list[tuple[str, ...]]:
     micro_batch = _argument(plan, "per_device_train_batch_size")
     accumulation = _argument(plan, "gradient_accumulation_steps")
     if plan.kind == "run_file":
-        batch = micro_batch * accumulation * topology.world_size
+        batch = _global_batch(plan)
         cut = f"{micro_batch} × {accumulation} micro-batches × {topology.world_size} processes"
         rows.append(("global batch", f"{batch} sequences = {cut}"))
         tokens = batch * int(plan.data["sequence_length"])
         rows.append(("tokens a step", f"{tokens:,} at most"))
     return rows
+
+
+def _global_batch(plan: RunPlan) -> int:
+    micro_batch = _argument(plan, "per_device_train_batch_size")
+    return micro_batch * _argument(plan, "gradient_accumulation_steps") * plan.topology.world_size
 
 
 def _output(plan: RunPlan) -> str:
@@ -104,18 +109,28 @@ def _value_rows(plan: RunPlan) -> list[tuple[str, ...]]:
         "tokenizer": plan.tokenizer,
         "data": plan.data,
         "training": plan.training,
-        "engine": {"name": plan.engine.name},
+        "engine": {"name": plan.engine.name, **_said_options(plan)},
         "cluster": {
+            "nodes": plan.topology.nodes,
             "procs_per_node": plan.topology.procs_per_node,
             "max_restarts": plan.max_restarts,
             "env": plan.environment,
         },
     }
-    return [
+    rows: list[tuple[str, ...]] = [
         (key, short(value), origin(plan, key))
         for name, section in sections.items()
         for key, value in leaves(name, section)
     ]
+    said = plan.origins.get("global_batch_size")
+    if said is None or plan.kind == "script":
+        return rows
+    return [("global_batch_size", str(_global_batch(plan)), said), *rows]
+
+
+def _said_options(plan: RunPlan) -> dict[str, Any]:
+    options = dataclasses.asdict(plan.options)
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def origin(plan: RunPlan, key: str) -> str:

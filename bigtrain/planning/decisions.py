@@ -147,6 +147,7 @@ def plan_of(
         environment=surroundings.environment,
         use_cpu=bool(config.training.get("use_cpu")),
         asked_by_arguments=foreign.asked_engine(config.training),
+        shards_by_node=foreign.shards_by_node(config.training),
         world=surroundings.world,
         is_rehearsal=surroundings.is_rehearsal,
         assumes_gpus=surroundings.device_memory is not None,
@@ -161,6 +162,7 @@ def plan_of(
         name=config.name,
         kind="run_file",
         engine=translation.engine,
+        options=foreign.merge(config.engine.options(), config.training),
         fates=translation.fates,
         model=config.model.said(),
         tokenizer=config.tokenizer.said() if config.tokenizer else {},
@@ -174,17 +176,23 @@ def plan_of(
 
 
 def _filled(config: RunConfig) -> RunConfig:
-    """With what a given DeepSpeed JSON says where the run file says nothing."""
-    found = foreign.implied(config.training)
-    if not found:
-        return config
-    place = config.origins.get("training.deepspeed", "training.deepspeed")
-    origins = {f"training.{field}": f"{place}: {key}" for field, (_, key) in found.items()}
-    values = {field: value for field, (value, _) in found.items()}
+    """With what given configs say where the run file says nothing."""
+    values = {field: value for field, (value, _) in foreign.implied(config.training).items()}
+    origins = foreign.implied_origins(config.training, config.origins) | dict(config.origins)
+    size = config.global_batch_size
+    given = foreign.global_batch(config.training, config.origins)
+    if given is not None and size not in (None, given[0]):
+        raise ConfigError(
+            f"{config.origins['global_batch_size']}: global_batch_size: {size}, but {given[1]} is "
+            f"{given[0]}; neither wins: make them equal, or leave one out"
+        )
+    if given is not None and size is None:
+        size, origins["global_batch_size"] = given
     return dataclasses.replace(
         config,
+        global_batch_size=size,
         training={**config.training, **values},
-        origins={**config.origins, **origins},
+        origins=origins,
     )
 
 

@@ -39,11 +39,13 @@ def choose_processes(
     origins: Mapping[str, str],
     gpus_of_nodes: Callable[[ClusterSection], int] | None = None,
     assumes_gpus: bool = False,
+    shards_by_node: bool = False,
 ) -> Processes:
     """The processes that the sections ask for, or that this machine suggests.
 
     `gpus_of_nodes` tells what the run's machines have, where this is none of them.
     `assumes_gpus`: plan for GPUs, though this machine may have none.
+    `shards_by_node`: where no shard is said, each node holds a copy of the model.
     `world` is the place that another launcher gave this process: then its numbers hold.
     Raises ConfigError where this machine can't carry them, unless it is a rehearsal.
     """
@@ -63,7 +65,8 @@ def choose_processes(
     if not is_rehearsal and world is None and gpus_of_nodes is None:
         _check_machine(procs, gpus=gpus, origin=origins.get("cluster.procs_per_node"))
     name, why = _engine(engine, asked_by_arguments, nodes * procs)
-    topology = _topology(name, nodes, procs, engine.shard, origins)
+    shard = engine.shard or (procs if shards_by_node else None)
+    topology = _topology(name, nodes, procs, shard, origins)
     return Processes(topology=topology, device=device, engine=name, origins={**said, **why})
 
 

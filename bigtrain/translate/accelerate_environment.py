@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from bigtrain.translate import foreign
 from bigtrain.translate.config import (
     DeepSpeedSettings,
     EngineConfig,
@@ -80,7 +81,8 @@ def _deepspeed(settings: DeepSpeedSettings, training: Mapping[str, Any]) -> dict
     for key, argument in SAID_BY_SCRIPT.items():
         if argument not in training:
             given[key] = "auto"
-    given["train_batch_size"] = "auto"
+    size = foreign.global_batch(training, {})
+    given["train_batch_size"] = size[0] if size else "auto"
     for dtype in ("bf16", "fp16"):
         given[dtype] = {**given[dtype], "enabled": "auto"}
     if settings.zero_stage == 3:  # its own saving has nothing else to gather the weights by

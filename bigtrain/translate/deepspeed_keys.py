@@ -1,6 +1,7 @@
-"""The keys that the installed DeepSpeed has, read from its sources by `ast`.
+"""The keys that the installed DeepSpeed has, with their types, read from its sources by `ast`.
 
-DeepSpeed takes a misspelt key at the top and in some sections without a word.
+DeepSpeed takes a misspelt key at the top and in some sections without a word, and a number that is
+written as text until something divides by it.
 """
 
 from __future__ import annotations
@@ -10,79 +11,157 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from bigtrain.arguments.values import did_you_mean
 
-# Section → the file and the pydantic class that its keys are fields of.
-_MODELS: Mapping[str, tuple[str, str]] = {
-    "zero_optimization": ("zero/config.py", "DeepSpeedZeroConfig"),
-    "zero_optimization.offload_param": (
-        "zero/offload_config.py",
-        "DeepSpeedZeroOffloadParamConfig",
-    ),
-    "zero_optimization.offload_optimizer": (
-        "zero/offload_config.py",
-        "DeepSpeedZeroOffloadOptimizerConfig",
-    ),
-    "bf16": ("precision_config.py", "DeepSpeedBF16Config"),
-    "fp16": ("precision_config.py", "DeepSpeedFP16Config"),
+Kinds: TypeAlias = frozenset[str]
+"""Names of the types that a value may have; empty: not checked."""
+Keys: TypeAlias = Mapping[str, Kinds]
+AUTO = "auto"
+
+# Section → the pydantic class that its keys are fields of. What these name is found by itself.
+_CLASSES: Mapping[str, str] = {
+    "zero_optimization": "DeepSpeedZeroConfig",
+    "bf16": "DeepSpeedBF16Config",
+    "fp16": "DeepSpeedFP16Config",
+    "tensorboard": "TensorBoardConfig",
+    "wandb": "WandbConfig",
+    "csv_monitor": "CSVConfig",
+    "comet": "CometConfig",
+    "comms_logger": "CommsLoggerConfig",
+    "compile": "CompileConfig",
+    "timers.throughput": "DeepSpeedThroughputTimerConfig",
 }
-# The others' keys are constants, in files of many names.
-_CONSTANTS: Mapping[str, tuple[str, ...]] = {
-    "": (
-        "*constants.py",
-        "*/constants.py",
-        "config.py",
-        "../profiling/constants.py",
-        "../constants.py",
-        "../monitor/constants.py",
-        "../monitor/config.py",
-        "precision_config.py",
-        "activation_checkpointing/config.py",
+_CLASS_FILES = (
+    "runtime/zero/*config.py",
+    "runtime/precision_config.py",
+    "runtime/zenflow/zenflow_config.py",
+    "monitor/config.py",
+    "comm/config.py",
+    "compile/config.py",
+    "utils/config.py",
+)
+# Section → the file whose constants of that prefix are its keys.
+_CONSTANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "activation_checkpointing": ("runtime/activation_checkpointing/config.py", ("ACT_CHKPT_",)),
+    "aio": ("runtime/swap_tensor/constants.py", ("AIO_",)),
+    "checkpoint": (
+        "runtime/constants.py",
+        ("CHECKPOINT_TAG_", "CHECKPOINT_PARALLEL_WRITE", "LOAD_UNIVERSAL_", "USE_NODE_LOCAL_"),
     ),
-    "activation_checkpointing": ("activation_checkpointing/config.py",),
-    "aio": ("swap_tensor/constants.py",),
+    "data_types": ("runtime/constants.py", ("GRAD_ACCUM_",)),
+    "flops_profiler": ("profiling/constants.py", ("FLOPS_PROFILER_",)),
+    "torch_autocast": ("runtime/constants.py", ("TORCH_AUTOCAST_",)),
+}
+_TOP_FILES = (
+    "runtime/config.py",
+    "runtime/*config.py",
+    "runtime/*/*config.py",
+    *("comm/config.py", "profiling/config.py", "utils/config.py", "autotuning/config.py"),
+)
+# Read at the top in a way that `_top_level` does not see.
+_ALSO_AT_THE_TOP = (
+    *("communication_data_type", "seq_parallel_communication_data_type"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "compression_training"),
+)
+_HOLDS_THE_JSON = ("param_dict", "ds_config", "config_dict")
+_PYDANTIC_KINDS = {"int", "float", "bool", "str", "list", "dict"}
+_KIND_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "list": "a list",
+    "dict": "a section",
+}
+
+
+# What DeepSpeed's sources declare no type for.
+_UNDECLARED: Mapping[str, Kinds] = {
+    **dict.fromkeys(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        frozenset({"int"}),
+    ),
+    **dict.fromkeys(("steps_per_print", "sequence_parallel_size"), frozenset({"int"})),
+    "communication_data_type": frozenset({"str"}),
+    "data_types.grad_accum_dtype": frozenset({"str"}),
+    "zero_optimization.offload_optimizer.device": frozenset({"str"}),
+    "zero_optimization.offload_param.device": frozenset({"str"}),
+    "zero_optimization.offload_optimizer.nvme_path": frozenset({"str"}),
+    "zero_optimization.offload_param.nvme_path": frozenset({"str"}),
 }
 
 
 def unknown(given: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong, and the fix, for each key that DeepSpeed does not have."""
-    yield from _unknown(given, "", _known())
-
-
-def _unknown(
-    section: Mapping[str, Any], name: str, known: Mapping[str, frozenset[str]]
-) -> Iterator[str]:
-    keys = known.get(name)
-    for key, value in section.items():
-        path = f"{name}.{key}" if name else key
+    known = _known()
+    for section, key, _ in _walk(given, ""):
+        keys = known.get(section)
         if keys and key not in keys:
-            yield f"{path} is no key of DeepSpeed's{did_you_mean(key, keys)}"
-        elif isinstance(value, Mapping):
-            yield from _unknown(value, path, known)
+            yield f"{_path(section, key)} is no key of DeepSpeed's{did_you_mean(key, keys)}"
+
+
+def mistyped(given: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong, and the fix, for each value of another type than DeepSpeed takes."""
+    known = _known()
+    for section, key, value in _walk(given, ""):
+        path = _path(section, key)
+        kinds = _UNDECLARED.get(path) or known.get(section, {}).get(key)
+        if kinds and value not in (None, AUTO) and not any(_is(value, kind) for kind in kinds):
+            wanted = " or ".join(_KIND_WORDS[kind] for kind in sorted(kinds))
+            yield f"{path} is {value!r} there, not {wanted}"
+
+
+def _walk(section: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
+    """Section, key and value, of sections inside it too; of an unknown section nothing inside."""
+    known = _known().get(name)
+    for key, value in section.items():
+        yield name, key, value
+        if isinstance(value, Mapping) and not (known and key not in known):
+            yield from _walk(value, _path(name, key))
+
+
+def _path(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind in ("int", "float"):  # 5e8 is a whole number, too
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return is_number and (kind == "float" or value == int(value))
+    return type(value).__name__ == kind
+
+
+def _kind_of(value: Any) -> Kinds:
+    kind = type(value).__name__
+    return frozenset({kind}) if kind in _KIND_WORDS else frozenset()
 
 
 @lru_cache(maxsize=1)
-def _known() -> Mapping[str, frozenset[str]]:
+def _known() -> Mapping[str, Keys]:
     """Section → its keys. Empty, and nothing is refused, where DeepSpeed is not installed."""
     spec = importlib.util.find_spec("deepspeed")
     if spec is None or spec.origin is None:
         return {}
-    folder = Path(spec.origin).parent / "runtime"
-    found: dict[str, frozenset[str]] = {}
-    for section, (file, model) in _MODELS.items():
-        found[section] = frozenset(_model_fields(folder / file, model))
-    for section, patterns in _CONSTANTS.items():
-        files = (file for pattern in patterns for file in _matching(folder, pattern))
-        found[section] = frozenset(word for file in files for word in _strings(file))
-    return found
+    folder = Path(spec.origin).parent
+    models = {
+        node.name: node
+        for pattern in _CLASS_FILES
+        for node in _parsed_all(folder, pattern)
+        if isinstance(node, ast.ClassDef)
+    }
+    found: dict[str, Keys] = {}
+    for section, model in _CLASSES.items():
+        found |= _of_class(section, model, models)
+    for section, (file, prefixes) in _CONSTANTS.items():
+        found[section] = _of_constants(folder / file, prefixes)
+    return {**found, "": _top_level(folder)}
 
 
-def _matching(folder: Path, pattern: str) -> Iterator[Path]:
-    while pattern.startswith("../"):
-        folder, pattern = folder.parent, pattern.removeprefix("../")
-    yield from folder.glob(pattern)
+def _parsed_all(folder: Path, pattern: str) -> Iterator[ast.stmt]:
+    for file in sorted(folder.glob(pattern)):
+        yield from _parsed(file).body
 
 
 def _parsed(file: Path) -> ast.Module:
@@ -92,21 +171,99 @@ def _parsed(file: Path) -> ast.Module:
         return ast.Module(body=[], type_ignores=[])
 
 
-def _strings(file: Path) -> Iterator[str]:
-    for node in ast.walk(_parsed(file)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 60:
-            yield node.value
-
-
-def _model_fields(file: Path, name: str) -> Iterator[str]:
-    """A pydantic class's fields and their aliases."""
-    for node in _parsed(file).body:
-        if not (isinstance(node, ast.ClassDef) and node.name == name):
+def _of_class(
+    section: str, model: str, models: Mapping[str, ast.ClassDef]
+) -> dict[str, dict[str, Kinds]]:
+    """A pydantic class's fields and their aliases; those that are classes of this kind as well."""
+    node = models.get(model)
+    keys: dict[str, Kinds] = {}
+    found = {section: keys}
+    for field in node.body if node else ():
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
-        for field in node.body:
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                yield field.target.id
-                calls = field.value.keywords if isinstance(field.value, ast.Call) else []
-                for keyword in calls:
-                    if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
-                        yield str(keyword.value.value)
+        words = {part.id for part in ast.walk(field.annotation) if isinstance(part, ast.Name)}
+        names = [field.target.id, *_aliases(field.value)]
+        keys |= dict.fromkeys(names, _kinds(words))
+        for inner in words & models.keys():
+            for name in names:
+                found |= _of_class(f"{section}.{name}", inner, models)
+    return found
+
+
+def _kinds(words: set[str]) -> Kinds:
+    """Those of an annotation; empty where it names a class that is not plain."""
+    plain = {word.lower() for word in words} - {"optional", "union", "any"}
+    return frozenset(plain) if plain <= _PYDANTIC_KINDS and "Any" not in words else frozenset()
+
+
+def _aliases(value: ast.expr | None) -> Iterator[str]:
+    for keyword in value.keywords if isinstance(value, ast.Call) else ():
+        if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
+            yield str(keyword.value.value)
+
+
+def _of_constants(file: Path, prefixes: tuple[str, ...]) -> dict[str, Kinds]:
+    """`X = "key"` with the type of `X_DEFAULT`."""
+    values = dict(_assigned(_parsed(file)))
+    return {
+        value: _kind_of(values.get(f"{name}_DEFAULT"))
+        for name, value in values.items()
+        if name.startswith(prefixes) and isinstance(value, str) and _is_key(name)
+    }
+
+
+def _assigned(module: ast.Module) -> Iterator[tuple[str, Any]]:
+    for node in module.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            try:
+                yield node.targets[0].id, ast.literal_eval(node.value)
+            except (ValueError, TypeError):
+                continue
+
+
+def _is_key(name: str) -> bool:
+    return not name.endswith(("_DEFAULT", "_FORMAT", "_MODES"))
+
+
+def _top_level(folder: Path) -> dict[str, Kinds]:
+    """The names that DeepSpeed looks up in the JSON, with the types of their defaults."""
+    constants: dict[str, Any] = {}
+    for file in ("runtime/constants.py", *_TOP_FILES, "*/constants.py", "runtime/*/constants.py"):
+        for path in folder.glob(file):
+            constants |= dict(_assigned(_parsed(path)))
+    kinds = {
+        value: _kind_of(constants.get(f"{name}_DEFAULT"))
+        for name, value in constants.items()
+        if isinstance(value, str) and _is_key(name)
+    }
+    looked_up = {
+        str(constants.get(node.id) if isinstance(node, ast.Name) else ast.literal_eval(node))
+        for pattern in _TOP_FILES
+        for path in folder.glob(pattern)
+        for node in _look_ups(_parsed(path))
+    }
+    names = (looked_up - {"None"}) | set(_ALSO_AT_THE_TOP)
+    return {name: kinds.get(name, frozenset()) for name in sorted(names)}
+
+
+def _look_ups(module: ast.Module) -> Iterator[ast.Name | ast.Constant]:
+    """What is asked for as `d[key]`, `d.get(key)`, `key in d` or `get_scalar_param(d, key, …)`,
+    where d holds the JSON."""
+    for node in ast.walk(module):
+        key: ast.expr | None = None
+        if isinstance(node, ast.Subscript) and _holds(node.value):
+            key = node.slice
+        elif isinstance(node, ast.Compare) and _holds(node.comparators[0]):
+            key = node.left
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and _holds(node.args[0]):
+            key = node.args[1]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            key = node.args[0] if node.func.attr == "get" and _holds(node.func.value) else None
+        if isinstance(key, (ast.Name, ast.Constant)):
+            yield key
+
+
+def _holds(node: ast.expr) -> bool:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        return node.func.attr == "keys" and _holds(node.func.value)
+    return isinstance(node, ast.Name) and node.id in _HOLDS_THE_JSON

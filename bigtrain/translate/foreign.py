@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from bigtrain.translate import given_fsdp, given_json
+from bigtrain.topology import Topology
+from bigtrain.translate import given_fsdp, given_json, given_json_options
 from bigtrain.translate.config import (
     DeepSpeedSettings,
     EngineName,
     EngineOptions,
     EngineSettings,
 )
+from bigtrain.translate.given import GivenOption, conflicts
+from bigtrain.translate.given import merge as _merged
 
 
 def asked_engine(values: Mapping[str, Any]) -> EngineName | None:
@@ -26,9 +29,23 @@ def asked_engine(values: Mapping[str, Any]) -> EngineName | None:
     return "fsdp" if values.get("fsdp") else None
 
 
+def given_options(values: Mapping[str, Any]) -> list[GivenOption]:
+    """What `deepspeed`, `fsdp` and `fsdp_config` among `values` say of the engine."""
+    found = list(given_fsdp.options(values))
+    if values.get("deepspeed"):
+        found += given_json_options.options(given_json.read_deepspeed(values["deepspeed"]))
+    return found
+
+
 def merge(options: EngineOptions, values: Mapping[str, Any]) -> EngineOptions:
-    """`options` with what `fsdp` and `fsdp_config` say where the options themselves say nothing."""
-    return given_fsdp.merge(options, values)
+    """`options` with what the given configs say where the options themselves say nothing."""
+    return _merged(options, given_options(values))
+
+
+def shards_by_node(values: Mapping[str, Any]) -> bool:
+    """Whether `fsdp` or `fsdp_config` ask for hybrid sharding: within each node, replicated over
+    the nodes."""
+    return given_fsdp.shards_by_node(values)
 
 
 def implied(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -36,16 +53,40 @@ def implied(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     if not values.get("deepspeed"):
         return {}
     given = given_json.read_deepspeed(values["deepspeed"])
-    found = {
+    return {
         field: (value, key)
         for field, key, value in given_json.implied(given)
         if field not in values
     }
-    # DeepSpeed writes 0 and 1 for what TrainingArguments calls false and true.
-    for field in ("bf16", "fp16"):
-        if field in found:
-            found[field] = (bool(found[field][0]), found[field][1])
+
+
+def implied_origins(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
+    """Where each value stands that the given configs fill: `ds.json: gradient_clipping`."""
+    found = {
+        f"training.{field}": f"{_place('deepspeed', values, origins)}: {key}"
+        for field, (_, key) in implied(values).items()
+    }
+    for said in given_options(values):
+        place = _place(said.field, values, origins)
+        found[f"engine.{said.option}"] = f"{place}: {said.key}"
     return found
+
+
+def _place(field: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+    """A config's file; else where it was written out."""
+    value = values[field]
+    if isinstance(value, str) and not value.lstrip().startswith("{"):
+        return value if value.endswith(".json") else f"training.{field}"
+    return origins.get(f"training.{field}", f"training.{field}")
+
+
+def global_batch(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple[int, str] | None:
+    """The `train_batch_size` of a given DeepSpeed JSON, and where it stands."""
+    if not values.get("deepspeed"):
+        return None
+    size = given_json.train_batch_size(given_json.read_deepspeed(values["deepspeed"]))
+    place = _place("deepspeed", values, origins)
+    return None if size is None else (size, f"{place}: train_batch_size")
 
 
 def overlay(settings: EngineSettings, values: Mapping[str, Any]) -> EngineSettings:
@@ -65,11 +106,17 @@ def unresolved(settings: EngineSettings, values: Mapping[str, Any]) -> Iterator[
 
 
 def faults(
-    values: Mapping[str, Any], *, engine: EngineName, origins: Mapping[str, str]
+    values: Mapping[str, Any],
+    *,
+    engine: EngineName,
+    topology: Topology,
+    options: EngineOptions,
+    origins: Mapping[str, str],
 ) -> Iterator[tuple[str, str]]:
     """(field, what is wrong and the fix) for foreign configs that can't be followed.
 
-    `origins` tell where the run file's own words stand, which they may contradict.
+    `values` are whole, `options` as they were said here; `origins` tell where both stand, which a
+    config may contradict.
     """
     asked = asked_engine(values)
     field = "deepspeed" if values.get("deepspeed") else "fsdp"
@@ -83,13 +130,32 @@ def faults(
         )
     if values.get("fsdp") and values.get("deepspeed"):
         yield "fsdp", "fsdp and deepspeed are both set; keep one of them"
-    if values.get("fsdp"):
-        yield from given_fsdp.faults(values)
+    yield from given_fsdp.faults(values, engine=engine, topology=topology)
     if values.get("deepspeed"):
         given = given_json.read_deepspeed(values["deepspeed"])
-        for why in given_json.faults(given, values, origins=origins):
+        whole = merge(options, values)
+        for why in given_json.faults(given, values, whole, origins=origins):
             yield "deepspeed", why
+    yield from conflicts(options, given_options(values), origins=origins)
     yield from _accelerator_faults(values.get("accelerator_config"), engine=engine)
+
+
+def batch_faults(said: Mapping[str, Any], topology: Topology) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong and the fix) where a given global batch is not what was said. What a
+    script has not said yet is compared by whoever makes its arguments."""
+    micro = said.get("per_device_train_batch_size")
+    steps = said.get("gradient_accumulation_steps")
+    given = global_batch(said, {})
+    if given is None or micro is None or steps is None:
+        return
+    size = micro * steps * topology.world_size
+    if size != given[0]:
+        yield (
+            "deepspeed",
+            f"train_batch_size is {given[0]} there, but {micro} (per_device_train_batch_size) × "
+            f"{steps} (gradient_accumulation_steps) × {topology.world_size} processes are {size}; "
+            'neither wins: make them equal, or say "auto" there',
+        )
 
 
 # What accelerate would do with these, the loop does in its own way or not at all: one process has

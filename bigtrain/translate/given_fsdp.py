@@ -7,14 +7,21 @@ refused by name. https://huggingface.co/docs/accelerate/concept_guides/fsdp1_vs_
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from bigtrain.translate.config import EngineOptions
+from bigtrain.topology import Topology
+from bigtrain.translate.config import EngineName
+from bigtrain.translate.given import GivenOption
 from bigtrain.translate.given_json import read
 
-_WORDS = frozenset({"full_shard", "shard_grad_op", "auto_wrap", "offload"})
-_HYBRID = ("hybrid_shard", "hybrid_shard_zero2", "HYBRID_SHARD", "HYBRID_SHARD_ZERO2")
+_WORDS = frozenset(
+    {"full_shard", "shard_grad_op", "auto_wrap", "offload", "hybrid_shard", "hybrid_shard_zero2"}
+)
+_OPTION_WORDS: Mapping[str, tuple[str, bool]] = {
+    "shard_grad_op": ("reshard_after_forward", False),
+    "hybrid_shard_zero2": ("reshard_after_forward", False),
+    "offload": ("cpu_offload", True),
+}
 _KEYS: Mapping[str, str] = {
     "reshard_after_forward": "reshard_after_forward",
     "cpu_offload": "cpu_offload",
@@ -23,14 +30,19 @@ _KEYS: Mapping[str, str] = {
     "sharding_strategy": "reshard_after_forward",
 }
 # FSDP1's strategies by name and by number, as whether FSDP2 reshards after the forward pass.
-_STRATEGIES: Mapping[Any, bool] = {
+# Hybrid ones also say by what the mesh is cut: https://pytorch.org/docs/stable/fsdp.html
+_STRATEGIES: Mapping[str, bool] = {
     "FULL_SHARD": True,
     "SHARD_GRAD_OP": False,
-    1: True,
-    2: False,
+    "HYBRID_SHARD": True,
+    "HYBRID_SHARD_ZERO2": False,
+    "_HYBRID_SHARD_ZERO2": False,
     "1": True,
     "2": False,
+    "4": True,
+    "5": False,
 }
+_HYBRID = ("HYBRID_SHARD", "HYBRID_SHARD_ZERO2", "_HYBRID_SHARD_ZERO2", "4", "5")
 # Keys that ask for what happens here anyway, with the values that say so.
 _GRANTED: Mapping[str, tuple[Any, ...]] = {
     "version": (1, 2),
@@ -50,57 +62,100 @@ _GRANTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def merge(options: EngineOptions, values: Mapping[str, Any]) -> EngineOptions:
-    """`options` with what `fsdp` and `fsdp_config` say where the options themselves say nothing."""
-    if not values.get("fsdp"):
-        return options
-    found: dict[str, Any] = {}
-    words = _words(values["fsdp"])
-    if "shard_grad_op" in words:
-        found["reshard_after_forward"] = False
-    if "offload" in words:
-        found["cpu_offload"] = True
-    for key, value in _config(values).items():
-        if _KEYS.get(key) == "reshard_after_forward" and not isinstance(value, bool):
-            found["reshard_after_forward"] = _STRATEGIES.get(value)
-        elif key == "forward_prefetch" and value is True:
-            found["forward_prefetch"] = 1
-        elif key in _KEYS and value is not None:
-            found[_KEYS[key]] = value
-    names = found.get("wrap_classes")
-    if isinstance(names, (str, list)):
-        found["wrap_classes"] = tuple(names.split(",") if isinstance(names, str) else names)
-    unsaid = {key: value for key, value in found.items() if getattr(options, key) is None}
-    return replace(options, **unsaid)
+def options(values: Mapping[str, Any]) -> Iterator[GivenOption]:
+    """What they say of the engine."""
+    words = _words(values.get("fsdp"))
+    for word, (option, value) in _OPTION_WORDS.items():
+        if word in words:
+            yield GivenOption(option=option, value=value, field="fsdp", key=word, spelled="said")
+    for key, spelled in _config(values).items():
+        found = _read(key, spelled)
+        if found is not None:
+            yield GivenOption(
+                option=found[0], value=found[1], field="fsdp_config", key=key, spelled=spelled
+            )
 
 
-def faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _read(key: str, spelled: Any) -> tuple[str, Any] | None:
+    """The option and its value that a key of `fsdp_config` says; None where it says none."""
+    option = _KEYS.get(key)
+    if key == "forward_prefetch":
+        return ("forward_prefetch", 1) if spelled is True else None
+    if option is None or spelled is None:
+        return None
+    if option == "reshard_after_forward" and not isinstance(spelled, bool):
+        strategy = _strategy(spelled)
+        return None if strategy is None else (option, strategy)
+    if option == "wrap_classes":
+        names = spelled.split(",") if isinstance(spelled, str) else spelled
+        return (option, tuple(names)) if isinstance(names, (list, tuple)) else None
+    return option, spelled
+
+
+def shards_by_node(values: Mapping[str, Any]) -> bool:
+    """Whether they ask for hybrid sharding, which FSDP2 does by a mesh of replicate × shard."""
+    config = _config(values)
+    strategies = (config.get("sharding_strategy"), config.get("reshard_after_forward"))
+    return any(_is_hybrid(word) for word in (*_words(values.get("fsdp")), *strategies))
+
+
+def faults(
+    values: Mapping[str, Any], *, engine: EngineName, topology: Topology
+) -> Iterator[tuple[str, str]]:
     """(field, what is wrong and the fix) for each word and key that can't be followed."""
-    for word in _words(values["fsdp"]):
-        if word in _HYBRID:
-            yield "fsdp", f"{word}: say it by engine.shard, the number of ranks that share a copy"
-        elif word not in _WORDS and word not in ("True", "true"):
+    for word in _words(values.get("fsdp")):
+        if word not in (*_WORDS, "True", "true") and not _is_hybrid(word):
             yield "fsdp", f"{word!r} is not supported; use {', '.join(sorted(_WORDS))}"
-    for key, value in _config(values).items():
+    config = _config(values)
+    if config and engine != "fsdp":
+        yield (
+            "fsdp_config",
+            f"the engine is {engine}, and only fsdp reads it; set fsdp: full_shard, or leave it "
+            "out",
+        )
+    for key, value in config.items():
         why = _key_fault(key, value)
         if why:
             yield "fsdp_config", why
+    if engine == "fsdp" and shards_by_node(values):
+        shard, procs = topology.shard_size, topology.procs_per_node
+        if shard != procs:
+            yield (
+                "fsdp",
+                f"hybrid sharding cuts over the {procs} processes of a node, but the shard is "
+                f"{shard} (engine.shard); leave one of them out",
+            )
 
 
 def _key_fault(key: str, value: Any) -> str:
-    if value is None or value in _GRANTED.get(key, ()):
+    if value is None or any(value == granted for granted in _GRANTED.get(key, ())):
         return ""
-    if key in ("sharding_strategy", "reshard_after_forward") and not isinstance(value, bool):
-        if value in _STRATEGIES:
+    if key in ("sharding_strategy", "reshard_after_forward"):
+        is_truth = key == "reshard_after_forward" and isinstance(value, bool)
+        if is_truth or _strategy(value) is not None:
             return ""
-        if value in _HYBRID:
-            return f"{key}: {value}: say it by engine.shard, the ranks that share a copy"
-        return f"{key}: {value!r} is not supported; use FULL_SHARD or SHARD_GRAD_OP, or engine ddp"
-    if key in _KEYS or (key == "forward_prefetch" and value is True):
-        return ""
+        return f"{key}: {value!r} is not supported; use {_NAMES}, or engine ddp"
+    if key in ("cpu_offload", "offload_params", "forward_prefetch"):
+        return "" if isinstance(value, bool) else f"{key}: {value!r} is not true or false"
+    if key == "transformer_layer_cls_to_wrap":
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
+            return ""
+        return f"{key}: {value!r} is not a list of class names"
     if key == "activation_checkpointing":
         return f"{key} is said by training.gradient_checkpointing here" if value else ""
     return f"{key}: {value!r} has no counterpart in FSDP2 here; leave it out"
+
+
+_NAMES = "FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD or HYBRID_SHARD_ZERO2"
+
+
+def _strategy(value: Any) -> bool | None:
+    return None if isinstance(value, bool) else _STRATEGIES.get(str(value).upper())
+
+
+def _is_hybrid(value: Any) -> bool:
+    return not isinstance(value, bool) and str(value).upper() in _HYBRID
 
 
 def _words(fsdp: Any) -> list[str]:

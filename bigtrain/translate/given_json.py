@@ -12,27 +12,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from bigtrain.arguments.schema import load_schema
+from bigtrain.arguments.values import read_value
 from bigtrain.errors import ConfigError
 from bigtrain.secrecy import SECRET_ADVICE, looks_secret
-from bigtrain.translate import deepspeed_keys
-from bigtrain.translate.config import EngineName
+from bigtrain.translate import deepspeed_keys, given_json_options
+from bigtrain.translate.config import EngineName, EngineOptions
+from bigtrain.translate.deepspeed_keys import AUTO
+from bigtrain.translate.given_json_options import leaf
 
 Json: TypeAlias = Mapping[str, Any]
-AUTO = "auto"
 _ZERO_ENGINES: Mapping[int, EngineName] = {1: "zero1", 2: "zero2", 3: "zero3"}
-SAID_BY_ARGUMENTS: Mapping[tuple[str, ...], str] = {
-    ("train_micro_batch_size_per_gpu",): "per_device_train_batch_size",
-    ("gradient_accumulation_steps",): "gradient_accumulation_steps",
-    ("gradient_clipping",): "max_grad_norm",
-    ("bf16", "enabled"): "bf16",
-    ("fp16", "enabled"): "fp16",
-    ("optimizer", "params", "lr"): "learning_rate",
-    ("optimizer", "params", "eps"): "adam_epsilon",
-    ("optimizer", "params", "weight_decay"): "weight_decay",
-    ("optimizer", "params", "torch_adam"): "",
-    ("optimizer", "params", "adam_w_mode"): "",
+SAID_BY_ARGUMENTS: Mapping[str, str] = {
+    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "bf16.enabled": "bf16",
+    "fp16.enabled": "fp16",
+    "optimizer.params.lr": "learning_rate",
+    "optimizer.params.eps": "adam_epsilon",
+    "optimizer.params.weight_decay": "weight_decay",
+    "optimizer.params.torch_adam": "",
+    "optimizer.params.adam_w_mode": "",
 }
 """Where the JSON says what a TrainingArguments field says; empty: nothing to compare."""
+_BETAS = "optimizer.params.betas"
 _SCHEDULES = {
     "WarmupLR": ("constant_with_warmup",),
     "WarmupDecayLR": ("linear",),
@@ -44,8 +48,9 @@ _OPTIMIZERS = ("AdamW", "Adam")
 _SECTIONS = frozenset(
     {
         *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"),
-        *("activation_checkpointing", "aio", "flops_profiler", "comms_logger"),
-        *("tensorboard", "wandb", "comet", "csv_monitor"),
+        *("activation_checkpointing", "aio", "flops_profiler", "comms_logger", "timers"),
+        *("tensorboard", "wandb", "comet", "csv_monitor", "checkpoint", "compile"),
+        *("torch_autocast", "data_efficiency"),
     }
 )
 
@@ -78,38 +83,75 @@ def _malformed(given: Json) -> Iterator[str]:
     for key in sorted(_SECTIONS & given.keys()):
         if not isinstance(given[key], Mapping):
             yield f'{key} is {given[key]!r} there; make it a section, as in {{"enabled": true}}'
-    section = given.get("zero_optimization")
-    stage = section.get("stage", 0) if isinstance(section, Mapping) else 0
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    for key in _INNER_SECTIONS:
+        value = leaf(given, key)
+        if value is not None and not isinstance(value, Mapping):
+            yield f"{key} is {value!r} there, not a section"
+    stage = leaf(given, "zero_optimization.stage")
+    if isinstance(stage, bool) or stage not in (None, 0, 1, 2, 3):
         yield f"zero_optimization.stage is {stage!r} there, not 0, 1, 2 or 3"
+    yield from _mistyped(given)
     for key, content in given.items():
         if isinstance(content, Mapping):
             names = (name for name, value in content.items() if value and looks_secret(name))
             yield from (f"{key}.{name}: {SECRET_ADVICE}" for name in names)
 
 
+_INNER_SECTIONS = (
+    *("optimizer.params", "scheduler.params", "timers.throughput"),
+    *("zero_optimization.offload_optimizer", "zero_optimization.offload_param"),
+)
+
+
+def _mistyped(given: Json) -> Iterator[str]:
+    """What DeepSpeed could not hold, and what TrainingArguments could not."""
+    schema, told = load_schema(), list(deepspeed_keys.mistyped(given))
+    yield from told
+    for field, key, value in implied(given):
+        if any(why.startswith(f"{key} is ") for why in told):
+            continue
+        if isinstance(value, str):  # an argument would be read from text
+            yield f"{key} is {value!r} there, not a number"
+            continue
+        try:
+            read_value(schema[field], value)
+        except ValueError as error:
+            yield f"{key}: {error}"
+
+
 def engine(given: Json) -> EngineName:
     """The engine that its ZeRO stage stands for."""
-    section = given.get("zero_optimization")
-    stage = section.get("stage", 0) if isinstance(section, Mapping) else 0
-    return _ZERO_ENGINES.get(stage, "ddp")
+    return _ZERO_ENGINES.get(leaf(given, "zero_optimization.stage") or 0, "ddp")
 
 
 def implied(given: Json) -> Iterator[tuple[str, str, Any]]:
     """(TrainingArguments field, key, value) for what the JSON says in whole values."""
-    for path, field in SAID_BY_ARGUMENTS.items():
-        value = _leaf(given, path)
+    for key, field in SAID_BY_ARGUMENTS.items():
+        value = leaf(given, key)
         if field and value not in (None, AUTO):
-            yield field, ".".join(path), value
-    betas = _leaf(given, ("optimizer", "params", "betas"))
+            yield field, key, value
+    betas = leaf(given, _BETAS)
     if isinstance(betas, list) and len(betas) == 2:
-        yield "adam_beta1", "optimizer.params.betas", betas[0]
-        yield "adam_beta2", "optimizer.params.betas", betas[1]
+        yield "adam_beta1", _BETAS, betas[0]
+        yield "adam_beta2", _BETAS, betas[1]
 
 
-def faults(given: Json, values: Mapping[str, Any], *, origins: Mapping[str, str]) -> Iterator[str]:
+def train_batch_size(given: Json) -> int | None:
+    """The global batch, where it is said in a number."""
+    size = given.get("train_batch_size")
+    return None if size in (None, AUTO) else int(size)
+
+
+def faults(
+    given: Json,
+    values: Mapping[str, Any],
+    options: EngineOptions,
+    *,
+    origins: Mapping[str, str],
+) -> Iterator[str]:
     """What is wrong with it, and the fix, for each fault. `origins`: where our own words stand."""
     yield from deepspeed_keys.unknown(given)
+    yield from given_json_options.faults(given, options)
     yield from _optimizer_faults(given)
     yield from _schedule_faults(given, values)
     for field, key, value in implied(given):
@@ -127,7 +169,7 @@ def overlay(ours: Json, given: Json) -> dict[str, Any]:
     """`given` over `ours`; "auto" stays ours, and so does what the loop and the topology decide."""
     merged = dict(ours)
     for key, value in given.items():
-        if key in ("train_batch_size", "optimizer", "scheduler") or value == AUTO:
+        if value == AUTO or _is_ours(key, ours):
             continue
         inner = ours.get(key)
         if isinstance(value, Mapping):
@@ -142,7 +184,7 @@ def overlay(ours: Json, given: Json) -> dict[str, Any]:
 def unresolved(given: Json, ours: Json, prefix: str = "") -> Iterator[str]:
     """Keys that are "auto" there and for which we have no value."""
     for key, value in given.items():
-        if key in ("train_batch_size", "optimizer", "scheduler"):
+        if _is_ours(key, ours):
             continue
         inner = ours.get(key)
         if isinstance(value, Mapping):
@@ -151,6 +193,13 @@ def unresolved(given: Json, ours: Json, prefix: str = "") -> Iterator[str]:
             )
         elif value == AUTO and key not in ours:
             yield f"{prefix}{key}"
+
+
+def _is_ours(key: str, ours: Json) -> bool:
+    """Whether the loop and the topology decide it, or it is of a part that isn't offloaded."""
+    if key in ("offload_optimizer", "offload_param"):
+        return key not in ours
+    return key in ("train_batch_size", "optimizer", "scheduler")
 
 
 def _same(there: Any, here: Any) -> bool:
@@ -169,7 +218,8 @@ def _optimizer_faults(given: Json) -> Iterator[str]:
             f"optimizer.type is {kind!r}, but the loop makes the optimizer; leave it out and set "
             "training.optim and its hyperparameters"
         )
-    known = {path[-1] for path in SAID_BY_ARGUMENTS if path[0] == "optimizer"} | {"betas"}
+    optimizers = (key for key in SAID_BY_ARGUMENTS if key.startswith("optimizer."))
+    known = {key.rpartition(".")[2] for key in optimizers} | {"betas"}
     for key in section.get("params") or {}:
         if key not in known:
             yield f"optimizer.params.{key} has no counterpart in TrainingArguments; leave it out"
@@ -193,12 +243,6 @@ def _schedule_faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
             f"scheduler.params ({', '.join(whole)}) belong to the loop; say them by "
             "training.warmup_steps and learning_rate"
         )
-
-
-def _leaf(config: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        config = config.get(key) if isinstance(config, Mapping) else None
-    return config
 
 
 def _read_text(path: Path, field: str) -> str:

@@ -32,10 +32,14 @@ class _Request:
     """All that the translators read."""
 
     values: Mapping[str, Any]
+    said: Mapping[str, Any]
+    """Those of them that were said."""
     topology: Topology
     on_cpu: bool
     compute: DTypeName
     options: EngineOptions
+    said_options: EngineOptions
+    """Without what given configs say."""
     hidden_size: int | None
     origins: Mapping[str, str]
 
@@ -106,16 +110,19 @@ def translate(
     Raises UnsupportedError that lists everything which can't be had, with its origin.
     """
     schema = load_schema()
-    options = foreign.merge(options or EngineOptions(), values)
+    said = options or EngineOptions()
+    options = foreign.merge(said, values)
     whole = {name: field.default for name, field in schema.items()} | {
         name: value.value if isinstance(value, Enum) else value for name, value in values.items()
     }
     request = _Request(
         values=whole,
+        said=values,
         topology=topology,
         on_cpu=device == "cpu",
         compute=precision.compute_dtype(whole),
         options=options,
+        said_options=said,
         hidden_size=hidden_size,
         origins=origins or {},
     )
@@ -150,7 +157,15 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         yield f"training.{name}", why
     for name, why in consistency.faults(values):
         yield f"training.{name}", why
-    for name, why in foreign.faults(values, engine=engine, origins=request.origins):
+    for name, why in foreign.faults(
+        values,
+        engine=engine,
+        topology=topology,
+        options=request.said_options,
+        origins=request.origins,
+    ):
+        yield f"training.{name}", why
+    for name, why in foreign.batch_faults(request.said, topology):
         yield f"training.{name}", why
     backend = "gloo" if request.on_cpu else "nccl"
     if values["ddp_backend"] not in (None, backend):

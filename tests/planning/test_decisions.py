@@ -337,7 +337,34 @@ def test_a_deepspeed_json_fills_arguments_and_says_from_where(folder: Path) -> N
 
     assert plan.engine.name == "zero3"
     assert plan.training["max_grad_norm"] == 0.3
-    assert plan.origins["training.max_grad_norm"] == "--set: gradient_clipping"
+    assert plan.origins["training.max_grad_norm"] == f"{folder}/ds.json: gradient_clipping"
+
+
+def test_a_deepspeed_json_s_options_and_global_batch_are_the_plan_s(folder: Path) -> None:
+    zero = {"stage": 3, "zero_hpz_partition_size": 2}
+    (folder / "ds.json").write_text(json.dumps({"zero_optimization": zero, "train_batch_size": 24}))
+    said = ("cluster.procs_per_node=2", f"training.deepspeed={folder}/ds.json")
+
+    plan = _make(folder, *said)
+
+    assert plan.options.secondary_shard == 2
+    key = "zero_optimization.zero_hpz_partition_size"
+    assert plan.origins["engine.secondary_shard"] == f"{folder}/ds.json: {key}"
+    assert plan.training["gradient_accumulation_steps"] == 3
+    assert plan.origins["global_batch_size"] == f"{folder}/ds.json: train_batch_size"
+    assert RunPlan.from_json(plan.to_json()) == plan
+    assert _fault(folder, *said, "global_batch_size=16") == (
+        f"--set: global_batch_size: 16, but {folder}/ds.json: train_batch_size is 24; neither "
+        "wins: make them equal, or leave one out"
+    )
+
+
+def test_hybrid_sharding_cuts_within_each_node(folder: Path) -> None:
+    said = ("cluster.nodes=2", "cluster.procs_per_node=4", "training.fsdp=hybrid_shard")
+
+    topology = _make(folder, *said, is_rehearsal=True).topology
+
+    assert (topology.shard_size, topology.replicate_size) == (4, 2)
 
 
 def test_nvme_is_for_scripts_of_others(folder: Path) -> None:

@@ -17,7 +17,7 @@ from bigtrain.translate.config import (
     EngineOptions,
     FsdpSettings,
 )
-from bigtrain.translate.foreign import asked_engine, implied
+from bigtrain.translate.foreign import asked_engine, given_options, implied, shards_by_node
 
 
 def _config(values: dict[str, Any], engine: EngineName, **more: Any) -> EngineConfig:
@@ -26,9 +26,9 @@ def _config(values: dict[str, Any], engine: EngineName, **more: Any) -> EngineCo
     return translate(values, engine=engine, topology=topology, device=device, **more).engine
 
 
-def _faults(values: dict[str, Any], engine: EngineName) -> list[str]:
+def _faults(values: dict[str, Any], engine: EngineName, **more: Any) -> list[str]:
     with pytest.raises(UnsupportedError) as raised:
-        _config(values, engine)
+        _config(values, engine, **more)
     return list(raised.value.faults)
 
 
@@ -61,13 +61,43 @@ def test_fsdp_words_and_config_become_options() -> None:
     )
 
 
-def test_what_the_engine_section_says_wins_over_fsdp_config() -> None:
-    values = {"fsdp": "full_shard", "fsdp_config": {"cpu_offload": True}}
-    options = EngineOptions(cpu_offload=False)
+def test_what_fsdp_config_and_the_engine_section_both_say_must_agree() -> None:
+    values = {"fsdp": "full_shard offload", "fsdp_config": {"fsdp_reshard_after_forward": False}}
+    options = EngineOptions(cpu_offload=False, reshard_after_forward=True)
+    origins = {"engine.cpu_offload": "run.yaml:9"}
 
-    settings = _config(values, "fsdp", options=options).settings
+    assert _faults(values, "fsdp", options=options, origins=origins) == [
+        "training.fsdp: offload is said there, but engine.cpu_offload is false (run.yaml:9); "
+        "neither wins: make them equal, or leave one out",
+        "training.fsdp_config: reshard_after_forward is false there, but "
+        "engine.reshard_after_forward is true; neither wins: make them equal, or leave one out",
+    ]
+    same = EngineOptions(cpu_offload=True, reshard_after_forward=False)
+    assert _config(values, "fsdp", options=same, device="cuda").settings == FsdpSettings(
+        shard_size=2, reshard_after_forward=False, cpu_offload=True
+    )
 
-    assert settings == FsdpSettings(shard_size=2, cpu_offload=False)
+
+def test_fsdp_config_is_read_by_fsdp_alone_and_refused_elsewhere() -> None:
+    values = {"fsdp_config": {"reshard_after_forward": False}}
+
+    assert _config(values, "fsdp").settings == FsdpSettings(
+        shard_size=2, reshard_after_forward=False
+    )
+    assert _faults(values, "ddp") == [
+        "training.fsdp_config: the engine is ddp, and only fsdp reads it; set fsdp: full_shard, "
+        "or leave it out",
+        "engine.reshard_after_forward: ddp does not shard; leave it out, or use engine fsdp",
+    ]
+
+
+def test_words_of_fsdp_that_contradict_its_config_are_told() -> None:
+    values = {"fsdp": "shard_grad_op", "fsdp_config": {"sharding_strategy": "FULL_SHARD"}}
+
+    assert _faults(values, "fsdp") == [
+        "training.fsdp_config: sharding_strategy is FULL_SHARD there, but fsdp's shard_grad_op is "
+        "said; neither wins: leave one out"
+    ]
 
 
 def test_fsdp_keys_without_a_counterpart_are_refused_by_name() -> None:
@@ -77,8 +107,8 @@ def test_fsdp_keys_without_a_counterpart_are_refused_by_name() -> None:
     }
 
     assert _faults(values, "fsdp") == [
-        "training.fsdp: 'no_shard' is not supported; use auto_wrap, full_shard, offload, "
-        "shard_grad_op",
+        "training.fsdp: 'no_shard' is not supported; use auto_wrap, full_shard, "
+        "hybrid_shard, hybrid_shard_zero2, offload, shard_grad_op",
         "training.fsdp_config: backward_prefetch: 'backward_post' has no counterpart in FSDP2 "
         "here; leave it out",
         "training.fsdp_config: activation_checkpointing is said by training.gradient_checkpointing "
@@ -117,6 +147,9 @@ def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() ->
         },
         "activation_checkpointing": {"partition_activation": True},
         "fp16": {"loss_scal": 0},
+        "data_types": {"grad_acum_dtype": "fp32"},
+        "flops_profiler": {"enabeld": True},
+        "wandb": {"projekt": "x"},
         "optimizer": {"type": "OneBitAdam", "params": {"lr": 3e-4, "freeze_step": 4}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}},
         "gradient_clippping": 2.0,
@@ -134,6 +167,11 @@ def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() ->
         "training.deepspeed: activation_checkpointing.partition_activation is no key of "
         "DeepSpeed's; did you mean 'partition_activations'?",
         "training.deepspeed: fp16.loss_scal is no key of DeepSpeed's; did you mean 'loss_scale'?",
+        "training.deepspeed: data_types.grad_acum_dtype is no key of DeepSpeed's; did you mean "
+        "'grad_accum_dtype'?",
+        "training.deepspeed: flops_profiler.enabeld is no key of DeepSpeed's; did you mean "
+        "'enabled'?",
+        "training.deepspeed: wandb.projekt is no key of DeepSpeed's; did you mean 'project'?",
         "training.deepspeed: gradient_clippping is no key of DeepSpeed's; did you mean "
         "'gradient_clipping'?",
         "training.deepspeed: optimizer.type is 'OneBitAdam', but the loop makes the optimizer; "
@@ -210,14 +248,134 @@ def test_keys_of_fsdp1_become_those_of_fsdp2(
     assert _config(values, "fsdp", device="cuda").settings == settings
 
 
-def test_hybrid_sharding_of_fsdp1_is_refused_with_the_key_that_says_it() -> None:
-    values = {"fsdp": "hybrid_shard", "fsdp_config": {"sharding_strategy": "HYBRID_SHARD"}}
+@pytest.mark.parametrize(
+    ("values", "reshard"),
+    [
+        ({"fsdp": "hybrid_shard auto_wrap"}, True),
+        ({"fsdp": "hybrid_shard_zero2"}, False),
+        ({"fsdp": True, "fsdp_config": {"fsdp_sharding_strategy": "HYBRID_SHARD"}}, True),
+        ({"fsdp": True, "fsdp_config": {"sharding_strategy": 5}}, False),
+    ],
+)
+def test_hybrid_sharding_of_fsdp1_is_shard_within_a_node_and_replicas_over_nodes(
+    values: dict[str, Any], reshard: bool
+) -> None:
+    assert shards_by_node(values)
+    topology = topology_for("fsdp", nodes=2, procs_per_node=4, shard=4)
+    config = translate(values, engine="fsdp", topology=topology, device="cpu").engine
+    assert config.settings == FsdpSettings(shard_size=4, reshard_after_forward=reshard)
 
-    assert _faults(values, "fsdp") == [
-        "training.fsdp: hybrid_shard: say it by engine.shard, the number of ranks that share a "
-        "copy",
-        "training.fsdp_config: sharding_strategy: HYBRID_SHARD: say it by engine.shard, the ranks "
-        "that share a copy",
+    with pytest.raises(UnsupportedError, match="cuts over the 4 processes of a node, but the shar"):
+        translate(
+            values,
+            engine="fsdp",
+            topology=topology_for("fsdp", nodes=2, procs_per_node=4),
+            device="cpu",
+        )
+
+
+_OFFLOADS: dict[str, Any] = {
+    "communication_data_type": "bf16",
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+        "offload_param": {"device": "nvme", "nvme_path": "/local", "buffer_count": "auto"},
+        "zero_hpz_partition_size": 2,
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": False,
+    },
+}
+
+
+def test_a_deepspeed_file_is_read_into_engine_options() -> None:
+    found = {
+        said.option: (said.value, said.key) for said in given_options({"deepspeed": _OFFLOADS})
+    }
+    config = _config({"deepspeed": _OFFLOADS, "bf16": True}, "zero3", device="cuda")
+
+    assert found == {
+        "reduce_dtype": ("bf16", "communication_data_type"),
+        "master_dtype": ("bf16", "bf16.bf16_master_weights_and_grads"),
+        "offload_optimizer": ("cpu", "zero_optimization.offload_optimizer.device"),
+        "offload_parameters": ("nvme", "zero_optimization.offload_param.device"),
+        "nvme_path": ("/local", "zero_optimization.offload_param.nvme_path"),
+        "secondary_shard": (2, "zero_optimization.zero_hpz_partition_size"),
+        "quantized_weights": (True, "zero_optimization.zero_quantized_weights"),
+        "quantized_gradients": (False, "zero_optimization.zero_quantized_gradients"),
+    }
+    assert (config.reduce_dtype, config.master_dtype) == ("bf16", "bf16")
+    assert isinstance(config.settings, DeepSpeedSettings)
+    zero = config.settings.json["zero_optimization"]
+    assert zero["offload_optimizer"]["ratio"] == 0.5
+    assert zero["offload_param"]["buffer_count"] == 5
+    assert config.settings.json["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert config.settings.json["aio"]["block_size"] == 1_048_576
+
+
+def test_every_contradiction_of_a_deepspeed_file_and_the_engine_section_is_told() -> None:
+    given = {
+        "communication_data_type": "fp16",
+        "bf16": {"bf16_master_weights_and_grads": False, "bf16_optimizer_states": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_optimizer": {"device": "none", "pin_memory": "auto"},
+            "zero_hpz_partition_size": 1,
+        },
+        "activation_checkpointing": {"cpu_checkpointing": True, "profile": False},
+        "tensor_parallel": {"autotp_size": 2},
+    }
+    options = EngineOptions(
+        reduce_dtype="bf16", master_dtype="bf16", offload_optimizer="cpu", secondary_shard=2
+    )
+    origins = {"engine.offload_optimizer": "run.yaml:9", "engine.reduce_dtype": "--set"}
+    neither = "neither wins: make them equal, or leave one out"
+
+    found = _faults(
+        {"deepspeed": given, "bf16": True}, "zero3", options=options, origins=origins, device="cuda"
+    )
+
+    assert found == [
+        "training.deepspeed: activation_checkpointing.cpu_checkpointing is true there, but only a "
+        "model that calls deepspeed.checkpointing itself reads it; leave it out, and recompute by "
+        "training.gradient_checkpointing",
+        "training.deepspeed: tensor_parallel: only data parallelism is supported; leave it out",
+        "training.deepspeed: data_types.grad_accum_dtype is fp32 there, but gradients accumulate "
+        "in the masters' precision, bf16; leave it out, or set engine.master_dtype",
+        "training.deepspeed: bf16.bf16_optimizer_states is false there, but the optimizer's state "
+        "is in the masters' precision, bf16; leave it out, or set engine.master_dtype",
+        "training.deepspeed: communication_data_type is fp16 there, but engine.reduce_dtype is "
+        f"bf16 (--set); {neither}",
+        "training.deepspeed: bf16.bf16_master_weights_and_grads is false there, but "
+        f"engine.master_dtype is bf16; {neither}",
+        "training.deepspeed: zero_optimization.offload_optimizer.device is none there, but "
+        f"engine.offload_optimizer is cpu (run.yaml:9); {neither}",
+        "training.deepspeed: zero_optimization.zero_hpz_partition_size is 1 there, but "
+        f"engine.secondary_shard is 2; {neither}",
+    ]
+
+
+def test_a_part_that_a_deepspeed_file_does_not_offload_is_not_emitted() -> None:
+    section = {"stage": 2, "offload_optimizer": {"device": "none", "nvme_path": "auto"}}
+
+    settings = _config({"deepspeed": {"zero_optimization": section}}, "zero2").settings
+
+    assert isinstance(settings, DeepSpeedSettings)
+    assert "offload_optimizer" not in settings.json["zero_optimization"]
+
+
+def test_a_global_batch_in_a_deepspeed_file_must_be_the_run_s() -> None:
+    given = {"train_batch_size": 32, "zero_optimization": {"stage": 1}}
+    values = {"deepspeed": given, "per_device_train_batch_size": 4}
+
+    settings = _config(values | {"gradient_accumulation_steps": 4}, "zero1").settings
+    assert isinstance(settings, DeepSpeedSettings)
+    assert settings.json["train_batch_size"] == 32
+    assert _faults(values | {"gradient_accumulation_steps": 2}, "zero1") == [
+        "training.deepspeed: train_batch_size is 32 there, but 4 (per_device_train_batch_size) × 2 "
+        "(gradient_accumulation_steps) × 2 processes are 16; neither wins: make them equal, or say "
+        '"auto" there'
     ]
 
 
@@ -256,13 +414,28 @@ def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: s
 def test_malformed_sections_and_secrets_of_a_deepspeed_config_are_told_at_once() -> None:
     given = {
         "bf16": True,
-        "zero_optimization": {"stage": "3"},
+        "zero_optimization": {"stage": "3", "offload_param": "cpu", "reduce_bucket_size": "5e8"},
         "comet": {"enabled": True, "api_key": "of-mine"},
+        "gradient_accumulation_steps": "4",
+        "train_micro_batch_size_per_gpu": 0,
+        "optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}},
+        "flops_profiler": {"enabled": 1},
     }
     with pytest.raises(ConfigError) as raised:
         asked_engine({"deepspeed": given})
 
-    bf16, stage, secret = raised.value.faults
+    bf16, part, stage, *mistyped, secret = raised.value.faults
+    assert part == (
+        "training.deepspeed: zero_optimization.offload_param is 'cpu' there, not a section"
+    )
+    assert mistyped == [
+        "training.deepspeed: zero_optimization.reduce_bucket_size is '5e8' there, not a whole "
+        "number",
+        "training.deepspeed: gradient_accumulation_steps is '4' there, not a whole number",
+        "training.deepspeed: flops_profiler.enabled is 1 there, not true or false",
+        "training.deepspeed: train_micro_batch_size_per_gpu: 0 is too small; it must be at least 1",
+        "training.deepspeed: optimizer.params.lr is '1e-4' there, not a number",
+    ]
     assert bf16.startswith("training.deepspeed: bf16 is True there; make it a section")
     assert stage == "training.deepspeed: zero_optimization.stage is '3' there, not 0, 1, 2 or 3"
     assert secret.startswith("training.deepspeed: comet.api_key: a secret's value must not be")
