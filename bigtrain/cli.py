@@ -292,12 +292,7 @@ def plan(
             environment=os.environ,
             working_dir=Path.cwd(),
         )
-        if diff is not None:
-            typer.echo(plan_command.diff(question, diff, as_json=as_json))
-        elif compare:
-            typer.echo(plan_command.compare(question, as_json=as_json))
-        else:
-            typer.echo(plan_command.show(question, as_json=as_json))
+        typer.echo(plan_command.answer(question, compares=compare, other=diff, as_json=as_json))
 
 
 app.command(epilog=consolidate_command.EXAMPLES)(consolidate_command.consolidate)

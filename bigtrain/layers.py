@@ -157,7 +157,11 @@ def _fill(layers: Layers, value: Override) -> None:
     path = tuple(value.key.split("."))
     other = _OPPOSITES.get(value.key)
     said = layers.value(path)
-    if other is not None and layers.value(tuple(other.split("."))) is True:
+    if value.value is False and said is None:
+        return  # the default, said out loud: nothing to fill, but something to contradict
+    if (value.key, said) == ("engine.name", "auto"):
+        said = None
+    if other is not None and value.value is True and layers.value(tuple(other.split("."))) is True:
         layers.fault(
             tuple(other.split(".")),
             f"true, but {value.origin} says {value.key.rpartition('.')[2]}; leave one out, or "

@@ -57,6 +57,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "peak_moment": memory.peak_moment.name,
         "moments": [asdict(moment) for moment in memory.moments],
         "host": memory.host,
+        "nvme": memory.nvme,
         "device": asdict(forecast.device_memory) | {"usable": forecast.device_memory.usable},
         "verdict": verdict(memory, forecast.device_memory),
     }
@@ -75,7 +76,11 @@ def _schedule_rows(forecast: Forecast) -> Iterator[Row]:
     if disk is None:
         return
     count = "" if schedule.checkpoints is None else f"{schedule.checkpoints:,} to come, "
-    yield "checkpoints", f"{count}{size(disk.checkpoint)} each, {disk.kept} kept"
+    kept = "all of them" if disk.kept is None else disk.kept
+    yield "checkpoints", f"{count}{size(disk.checkpoint)} each, {kept} kept"
+    if disk.peak is None:
+        yield "disk", "as many checkpoints as the data gives; training.save_total_limit bounds it"
+        return
     yield "disk", f"{size(disk.peak)} at most, with the exported model ({size(disk.model)})"
 
 
@@ -90,12 +95,18 @@ def _memory_rows(forecast: Forecast, memory: MemoryPlan) -> Iterator[Row]:
     yield "weights", size(state.weights)
     yield "masters", size(state.masters)
     yield "gradients", f"{size(state.gradients)} before the update"
-    yield "optimizer", size(state.optimizer)
+    guessed = f", as Adam's: what {forecast.optimizer} keeps is not known"
+    yield "optimizer", size(state.optimizer) + (guessed if forecast.optimizer else "")
     yield "communication", f"{size(state.buffers)} that stays, {size(at.communication)} at the peak"
     yield "activations", _activations(forecast, memory)
     yield "logits", size(memory.logits) if memory.logits else "in the activations"
     if memory.host:
-        yield "in host memory", f"{size(memory.host)} for each rank, offloaded"
+        procs = forecast.procs_per_node
+        each = f"{size(memory.host)} for each rank"
+        yield "in host memory", f"{each}, {size(procs * memory.host)} on a node: offloaded"
+    if memory.nvme:
+        procs = forecast.procs_per_node
+        yield "on NVMe", f"{size(memory.nvme)} for each rank, {size(procs * memory.nvme)} on a node"
     yield "peak", f"{size(memory.peak)}, {_moment(at.name)} (activations by {_method(forecast)})"
     judged = _judged(forecast)
     if judged:

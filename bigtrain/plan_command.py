@@ -60,6 +60,7 @@ class Question:
 
 def show(question: Question, *, as_json: bool) -> str:
     """The plan and what is to come of it."""
+    _refuse_trace_of_script(question)
     plan = make_plan(question.request(), question.surroundings())
     found = _forecast(plan, question) if plan.kind == "run_file" else None
     if not as_json:
@@ -123,6 +124,23 @@ def diff(question: Question, other: str, *, as_json: bool) -> str:
     if not found:
         return f"{question.target} and {other} plan the same run"
     return table([("", question.target, other), *(difference.row() for difference in found)])
+
+
+def answer(question: Question, *, compares: bool, other: str | None, as_json: bool) -> str:
+    """What was asked for: the plan, all engines side by side, or what differs from another."""
+    if other is not None:
+        for flag, is_said in (("--compare", compares), ("--trace", question.traces)):
+            if is_said:
+                raise ConfigError(f"{flag}: --diff compares plans, not memory; ask one at a time")
+        return diff(question, other, as_json=as_json)
+    return (compare if compares else show)(question, as_json=as_json)
+
+
+def _refuse_trace_of_script(question: Question) -> None:
+    if question.traces and question.target.endswith(".py"):
+        raise ConfigError(
+            f"--trace: {question.target} is a script, whose model is its own; give a run file"
+        )
 
 
 def _forecast(plan: RunPlan, question: Question, **more: Any) -> Forecast:

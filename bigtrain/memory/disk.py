@@ -18,14 +18,15 @@ class DiskPlan:
     """Bytes that the run will write and keep, all ranks together."""
 
     checkpoint: int
-    kept: int
-    """Checkpoints that are there at once; one more while a new one is written."""
+    kept: int | None
+    """Checkpoints that are there at once; one more while a new one is written. None: all that the
+    run writes, and how many that is depends on the data."""
     model: int
     """The exported model, at the end and (with `export: every`) in each checkpoint."""
 
     @property
-    def peak(self) -> int:
-        return self.checkpoint * (self.kept + 1) + self.model
+    def peak(self) -> int | None:
+        return None if self.kept is None else self.checkpoint * (self.kept + 1) + self.model
 
 
 def disk_plan(request: Request, *, checkpoints: int | None) -> DiskPlan:
@@ -41,7 +42,7 @@ def disk_plan(request: Request, *, checkpoints: int | None) -> DiskPlan:
     moments = int(place.optimizer.moments * shapes.trained_numel * width)
     only_model = bool(training.get("save_only_model"))
     kept = _kept(training, checkpoints)
-    models = {"never": 0, "every": kept + 1}.get(str(training.get("export")), 1)
+    models = {"never": 0, "every": (kept or 0) + 1}.get(str(training.get("export")), 1)
     return DiskPlan(
         checkpoint=masters + (0 if only_model else moments) + _SMALL_FILES,
         kept=kept,
@@ -49,8 +50,8 @@ def disk_plan(request: Request, *, checkpoints: int | None) -> DiskPlan:
     )
 
 
-def _kept(training: Mapping[str, Any], checkpoints: int | None) -> int:
+def _kept(training: Mapping[str, Any], checkpoints: int | None) -> int | None:
     limit = training.get("save_total_limit")
     if checkpoints is not None:
         return min(checkpoints, int(limit)) if limit else checkpoints
-    return int(limit) if limit else 1
+    return int(limit) if limit else None

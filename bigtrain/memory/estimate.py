@@ -12,7 +12,7 @@ from bigtrain.memory.activations import (
     FormulaActivations,
     activation_bytes,
 )
-from bigtrain.memory.optimizers import optimizer_shape
+from bigtrain.memory.optimizers import optimizer_name, optimizer_shape
 from bigtrain.memory.shapes import BYTES, ModelShapes
 from bigtrain.memory.state import Placement, StateBytes, state_bytes
 from bigtrain.memory.timeline import Moment, Step, is_offloaded, moments
@@ -43,10 +43,8 @@ class Request:
         return int(self.training.get("gradient_accumulation_steps") or 1)
 
     def placement(self) -> Placement:
-        optim = str(self.training.get("optim") or "adamw_torch_fused")
-        return Placement(
-            config=self.config, topology=self.topology, optimizer=optimizer_shape(optim)
-        )
+        optimizer = optimizer_shape(optimizer_name(self.training))
+        return Placement(config=self.config, topology=self.topology, optimizer=optimizer)
 
     def batch(self) -> Batch:
         compute = BYTES[self.config.compute_dtype]
@@ -83,7 +81,9 @@ class MemoryPlan:
     logits: int
     """Logits with their gradients, at their largest; with `trace` they are in `activations`."""
     host: int = 0
-    """Offloaded state in the host's memory (or on NVMe)."""
+    """Offloaded state in the host's memory, and buffers through which it goes to NVMe."""
+    nvme: int = 0
+    """Offloaded state on NVMe."""
 
     @property
     def lasting(self) -> int:
@@ -129,6 +129,7 @@ def plan_with(
     place = request.placement()
     whole = state_bytes(request.shapes, place)
     state = _on_device(whole, request)
+    nvme = _on_nvme(whole, request)
     step = Step(
         shapes=request.shapes,
         place=place,
@@ -144,8 +145,50 @@ def plan_with(
         method=method,
         activations=activations.head - logits,
         logits=logits,
-        host=whole.total - state.total,
+        host=whole.total - state.total - nvme + _swap_buffers(request),
+        nvme=nvme,
     )
+
+
+def _on_nvme(state: StateBytes, request: Request) -> int:
+    """Masters and moments, weights, or both; gradients stay in the host's memory."""
+    zero = _zero(request)
+    return sum(
+        size
+        for part, size in (
+            ("offload_optimizer", state.masters + state.optimizer),
+            ("offload_param", state.weights),
+        )
+        if request.device == "cuda" and _device_of(zero, part) == "nvme"
+    )
+
+
+def _swap_buffers(request: Request) -> int:
+    """Pinned buffers of the host through which state moves to and from NVMe: for the optimizer as
+    many fp32 tensors of the largest sub-group as it counts, for parameters of `buffer_size`
+    (deepspeed/runtime/swap_tensor/partitioned_{optimizer,param}_swapper.py)."""
+    zero, found = _zero(request), 0
+    if request.device == "cuda" and _device_of(zero, "offload_optimizer") == "nvme":
+        own = -(-request.shapes.trained_numel // request.topology.world_size)
+        largest = min(own, int(zero["sub_group_size"]))
+        found += 4 * largest * int(zero["offload_optimizer"]["buffer_count"])
+    if request.device == "cuda" and _device_of(zero, "offload_param") == "nvme":
+        part = zero["offload_param"]
+        width = BYTES[request.config.compute_dtype]
+        found += width * int(part["buffer_count"]) * int(part["buffer_size"])
+    return found
+
+
+def _zero(request: Request) -> Mapping[str, Any]:
+    settings = request.config.settings
+    if not isinstance(settings, DeepSpeedSettings):
+        return {}
+    section: Mapping[str, Any] = settings.json["zero_optimization"]
+    return section
+
+
+def _device_of(zero: Mapping[str, Any], part: str) -> str:
+    return str((zero.get(part) or {}).get("device", "none"))
 
 
 def _on_device(state: StateBytes, request: Request) -> StateBytes:

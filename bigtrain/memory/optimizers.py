@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,11 @@ _SHAPES: Mapping[str, OptimizerShape] = {
     # Its factors are a row and a column of each matrix: nothing beside the others' moments.
     "adafactor": OptimizerShape(moments=0),
 }
+
+
+def optimizer_name(training: Mapping[str, Any]) -> str:
+    """The optimizer that TrainingArguments name, or have by default."""
+    return str(training.get("optim") or "adamw_torch_fused")
 
 
 def optimizer_shape(name: str) -> OptimizerShape:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 from bigtrain.errors import ConfigError
 from bigtrain.memory.discovery import Model
@@ -12,65 +13,104 @@ from bigtrain.plan import RunPlan
 from bigtrain.planning.device_memory import rank_memory
 from bigtrain.planning.engine_choice import Candidate, candidates, choose
 from bigtrain.planning.forecast import memory_request, model_of
+from bigtrain.planning.processes import Processes
 from bigtrain.run_config import RunConfig
 from bigtrain.translate.config import ENGINE_NAMES
 
-PlanWith = Callable[[RunConfig], RunPlan]
+PlanWith: TypeAlias = Callable[[RunConfig], RunPlan]
+Planned: TypeAlias = tuple[Candidate, RunPlan | ConfigError]
+_WHERE_MEMORY_IS_UNKNOWN = ("single", "fsdp", "zero3")
 
 
-def refine(
-    plan: RunPlan,
+def plan_on_the_fastest(
     config: RunConfig,
+    processes: Processes,
     *,
     plan_with: PlanWith,
     environment: Mapping[str, str],
     device_memory: int | None,
 ) -> RunPlan:
-    """The plan on the engine that memory chooses; `plan` itself where memory can't be known."""
-    topology = plan.topology
-    model = model_of(plan, environment)
+    """The plan on the engine that memory chooses; where memory can't be known, on fsdp.
+
+    Raises ConfigError where no engine can have what the run asks for.
+    """
+    plans = _possible(config, processes, plan_with=plan_with)
+    first = next(iter(plans.values()))
+    model = model_of(first, environment)
     choice = choose(
-        _ways(plan),
-        memory_of=lambda way: _memory(plan_with(configure(config, way)), model),
+        list(plans),
+        memory_of=lambda way: _memory(plans[way], model),
         device_memory=rank_memory(
-            plan.device,
-            procs_per_node=topology.procs_per_node,
+            first.device,
+            procs_per_node=first.topology.procs_per_node,
             said=device_memory,
             environment=environment,
         ),
     )
     if choice is None:
-        return plan
-    chosen = plan_with(configure(config, choice.candidate))
+        usual = (plan for plan in plans.values() if plan.engine.name in _WHERE_MEMORY_IS_UNKNOWN)
+        return next(usual, first)
+    chosen = plans[choice.candidate]
     options = {f"engine.{key}": "auto" for key, _ in choice.candidate.options}
     origins = {**chosen.origins, **options, "engine.name": choice.why}
     return dataclasses.replace(chosen, origins=origins)
 
 
 def side_by_side(
-    plan: RunPlan, config: RunConfig, *, plan_with: PlanWith
+    config: RunConfig, processes: Processes, *, plan_with: PlanWith
 ) -> list[tuple[Candidate, RunPlan | None, str]]:
     """Every engine and every way that `auto` would try: its plan, or else why there is none."""
     ways = [Candidate(engine=name) for name in ENGINE_NAMES]
-    ways += [way for way in _ways(plan) if way not in ways]
-    found: list[tuple[Candidate, RunPlan | None, str]] = []
+    ways += [way for way in _ways(config, processes) if way not in ways]
+    return [
+        (way, None, made.faults[0]) if isinstance(made, ConfigError) else (way, made, "")
+        for way, made in _tried(config, ways, plan_with=plan_with)
+    ]
+
+
+def _possible(
+    config: RunConfig, processes: Processes, *, plan_with: PlanWith
+) -> dict[Candidate, RunPlan]:
+    """The ways that this run can take, with their plans: the usual ones, else any."""
+    ways = _ways(config, processes)
+    others = [Candidate(engine=name) for name in ENGINE_NAMES]
+    tried: list[Planned] = []
+    for some in (ways, [way for way in others if way not in ways]):
+        tried += _tried(config, some, plan_with=plan_with)
+        plans = {way: made for way, made in tried if isinstance(made, RunPlan)}
+        if plans:
+            return plans
+    refusals = [made for _, made in tried if isinstance(made, ConfigError)]
+    raise min(refusals, key=lambda error: len(error.faults))
+
+
+def _tried(
+    config: RunConfig, ways: Iterable[Candidate], *, plan_with: PlanWith
+) -> Sequence[Planned]:
+    found: list[Planned] = []
     for way in ways:
         try:
-            found.append((way, plan_with(configure(config, way)), ""))
+            found.append((way, plan_with(configure(config, way))))
         except ConfigError as error:
-            found.append((way, None, error.faults[0]))
+            found.append((way, error))
     return found
 
 
-def _ways(plan: RunPlan) -> list[Candidate]:
-    return list(
-        candidates(
-            nodes=plan.topology.nodes,
-            procs_per_node=plan.topology.procs_per_node,
-            on_gpu=plan.device == "cuda",
-            accumulates=int(plan.training.get("gradient_accumulation_steps") or 1) > 1,
-        )
+def _ways(config: RunConfig, processes: Processes) -> list[Candidate]:
+    """Those that leave standing what the engine section says."""
+    accumulates = int(config.training.get("gradient_accumulation_steps") or 1) > 1
+    found = candidates(
+        nodes=processes.topology.nodes,
+        procs_per_node=processes.topology.procs_per_node,
+        on_gpu=processes.device == "cuda",
+        accumulates=accumulates or config.global_batch_size is not None,
     )
+    said = config.engine
+    return [
+        way
+        for way in found
+        if all(getattr(said, key) in (None, value) for key, value in way.options)
+    ]
 
 
 def configure(config: RunConfig, way: Candidate) -> RunConfig:

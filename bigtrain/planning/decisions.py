@@ -62,15 +62,7 @@ def _find_target(name: str, working_dir: Path) -> Path:
 
 def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -> RunPlan:
     config = _load(target, request, surroundings)
-    plan = _first_plan(config, target, request, surroundings)
-    if config.engine.name == "auto" and foreign.asked_engine(config.training) is None:
-        plan = automatic.refine(
-            plan,
-            config,
-            plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
-            environment=surroundings.environment,
-            device_memory=surroundings.device_memory,
-        )
+    plan = _planned(config, target, request, surroundings)
     if not surroundings.is_rehearsal:
         check_output_dir(plan)
         _refuse_nvme(plan)
@@ -89,14 +81,24 @@ def _load(target: Path, request: Request, surroundings: Surroundings) -> RunConf
     return _filled(config)
 
 
-def _first_plan(
+def _planned(
     config: RunConfig, target: Path, request: Request, surroundings: Surroundings
 ) -> RunPlan:
-    """As `plan_of`; what is missing on this machine is told with all else that is wrong."""
+    """As `plan_of`, on the engine that `auto` chooses; what is missing on this machine is told with
+    all else that is wrong."""
     elsewhere = surroundings.device_memory is not None
     missing = [] if elsewhere else _missing(config, surroundings.working_dir)
     try:
-        plan = plan_of(config, target, request, surroundings)
+        if config.engine.name == "auto" and foreign.asked_engine(config.training) is None:
+            plan = automatic.plan_on_the_fastest(
+                config,
+                _processes(config, surroundings),
+                plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
+                environment=surroundings.environment,
+                device_memory=surroundings.device_memory,
+            )
+        else:
+            plan = plan_of(config, target, request, surroundings)
     except ConfigError as error:
         raise ConfigError([*missing, *error.faults]) from error
     if missing:
@@ -131,17 +133,15 @@ def compare_engines(
     if target.suffix not in _RUN_FILES:
         raise ConfigError(f"{request.target} is a script, whose model is its own; give a run file")
     config = _load(target, request, surroundings)
-    plan = plan_of(config, target, request, surroundings)
     return automatic.side_by_side(
-        plan, config, plan_with=lambda chosen: plan_of(chosen, target, request, surroundings)
+        config,
+        _processes(config, surroundings),
+        plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
     )
 
 
-def plan_of(
-    config: RunConfig, target: Path, request: Request, surroundings: Surroundings
-) -> RunPlan:
-    """The plan of a whole config. Nothing outside of it is asked but the machine."""
-    processes = choose_processes(
+def _processes(config: RunConfig, surroundings: Surroundings) -> Processes:
+    return choose_processes(
         config.engine,
         config.cluster,
         environment=surroundings.environment,
@@ -154,6 +154,13 @@ def plan_of(
         gpus_of_nodes=surroundings.gpus_of_nodes,
         origins=config.origins,
     )
+
+
+def plan_of(
+    config: RunConfig, target: Path, request: Request, surroundings: Surroundings
+) -> RunPlan:
+    """The plan of a whole config. Nothing outside of it is asked but the machine."""
+    processes = _processes(config, surroundings)
     shape = read_shape(config.model, surroundings.working_dir)
     training, translation = _translated(config, processes, shape)
     going_on = resume(request.resume, config.training, surroundings.working_dir)

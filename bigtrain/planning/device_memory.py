@@ -25,6 +25,8 @@ class DeviceMemory:
     total: int | None = None
     origin: str = ""
     device: Literal["cpu", "cuda"] = "cpu"
+    host: int | None = None
+    """A GPU's rank's share of the host's memory, to offload to."""
 
     @property
     def reserve(self) -> int:
@@ -35,6 +37,10 @@ class DeviceMemory:
     @property
     def usable(self) -> int | None:
         return None if self.total is None else max(0, self.total - self.reserve)
+
+    def holds_offloaded(self, number: int) -> bool:
+        """Whether the host can take so many bytes of each rank, as far as that is known."""
+        return self.host is None or number <= self.host
 
 
 def rank_memory(
@@ -47,11 +53,12 @@ def rank_memory(
     """What was said, else what this machine has: its GPUs' memory, or its share of RAM."""
     if said is not None:
         return DeviceMemory(total=said, origin="flag --device-memory", device=device)
+    host = _host_bytes()
     if device == "cuda":
         total = _smallest_gpu()
         origin = "this machine's GPUs" if total else ""
-        return DeviceMemory(total=total, origin=origin, device=device)
-    host = _host_bytes()
+        share = None if host is None else host // procs_per_node
+        return DeviceMemory(total=total, origin=origin, device=device, host=share)
     if host is None:
         return DeviceMemory(device=device)
     origin = f"this machine's memory ÷ {procs_per_node} processes"

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from bigtrain.errors import ConfigError
 from bigtrain.memory.estimate import MemoryPlan
 from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.translate.config import EngineName
@@ -65,29 +64,23 @@ def choose(
     memory_of: Callable[[Candidate], MemoryPlan | None],
     device_memory: DeviceMemory,
 ) -> Choice | None:
-    """The first that fits; the smallest where none does; None where nothing is known of memory.
-
-    `memory_of` raises ConfigError for what this run can't have; it is passed over.
-    """
+    """The first that fits; the smallest where none does; None where nothing is known of memory."""
     if device_memory.usable is None:
         return None
-    passed: list[tuple[int, Candidate]] = []
+    passed: list[tuple[bool, int, Candidate]] = []
     for way in ways:
-        try:
-            memory = memory_of(way)
-        except ConfigError:
-            continue
+        memory = memory_of(way)
         if memory is None:
             return None
         need = f"{size(memory.peak)} of {size(device_memory.usable)} usable"
-        if memory.peak <= device_memory.usable:
-            names = ", ".join(str(other) for _, other in passed)
+        is_held = device_memory.holds_offloaded(memory.host)
+        if memory.peak <= device_memory.usable and is_held:
+            names = ", ".join(str(other) for *_, other in passed)
             before = f"; {names} would not fit" if passed else ""
-            return Choice(candidate=way, why=f"auto: the fastest that fits, {need}{before}")
-        passed.append((memory.peak, way))
-    if not passed:
-        return None
-    least, way = min(passed, key=lambda pair: pair[0])
+            host = f", and {size(memory.host)} of the host's memory" if memory.host else ""
+            return Choice(candidate=way, why=f"auto: the fastest that fits, {need}{host}{before}")
+        passed.append((not is_held, memory.peak, way))
+    _, least, way = min(passed, key=lambda entry: entry[:2])
     why = f"auto: nothing fits {size(device_memory.usable)}; this needs the least, {size(least)}"
     return Choice(candidate=way, why=why)
 

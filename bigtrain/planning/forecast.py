@@ -14,6 +14,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.memory.discovery import Model, cache_folder, find_model
 from bigtrain.memory.disk import DiskPlan, disk_plan
 from bigtrain.memory.estimate import MemoryPlan, Request, estimate
+from bigtrain.memory.optimizers import optimizer_name, optimizer_shape
 from bigtrain.memory.questions import Asker
 from bigtrain.memory.trace import traced_estimate
 from bigtrain.plan import RunPlan
@@ -44,6 +45,9 @@ class Forecast:
     """The same with activations kept where they are recomputed, or the other way round."""
     disk: DiskPlan | None
     device_memory: DeviceMemory
+    procs_per_node: int = 1
+    optimizer: str = ""
+    """Its name, where what it keeps is not known and Adam's state is counted in its place."""
     unknown: str = ""
 
 
@@ -76,7 +80,14 @@ def forecast(
         other_memory=estimate(_replace_training(request, turned)),
         disk=disk_plan(request, checkpoints=schedule.checkpoints),
         device_memory=device_memory,
+        procs_per_node=plan.topology.procs_per_node,
+        optimizer=_unknown_optimizer(plan),
     )
+
+
+def _unknown_optimizer(plan: RunPlan) -> str:
+    name = optimizer_name(plan.training)
+    return "" if optimizer_shape(name).is_known else name
 
 
 def model_of(plan: RunPlan, environment: Mapping[str, str]) -> Model:
@@ -172,6 +183,8 @@ def verdict(
     """Whether it fits with the reserve that libraries and fragmentation need; None: not known."""
     if device_memory.usable is None or device_memory.total is None:
         return None
+    if not device_memory.holds_offloaded(memory.host):
+        return "too large"
     if memory.peak <= device_memory.usable:
         return "fits"
     return "tight" if memory.peak <= device_memory.total else "too large"

@@ -20,7 +20,6 @@ _WITHOUT_EFFECT = frozenset(
     {
         "compute_environment",
         "debug",
-        "gpu_ids",
         "machine_rank",
         "main_process_ip",
         "main_process_port",
@@ -32,15 +31,18 @@ _WITHOUT_EFFECT = frozenset(
         "tpu_use_cluster",
         "tpu_use_sudo",
         "downcast_bf16",
-        "deepspeed_config",
-        "fsdp_config",
-        "distributed_type",
-        "num_processes",
-        "num_machines",
-        "mixed_precision",
-        "use_cpu",
     }
 )
+_TYPES: Mapping[str, type] = {
+    "deepspeed_config": dict,
+    "fsdp_config": dict,
+    "distributed_type": str,
+    "num_processes": int,
+    "num_machines": int,
+    "use_cpu": bool,
+}
+_READ = (*_TYPES, "gpu_ids", "mixed_precision")
+_TYPE_NAMES = {dict: "a section", str: "text", int: "a whole number", bool: "true or false"}
 _DEEPSPEED_KEYS = {
     "gradient_accumulation_steps": "training.gradient_accumulation_steps",
     "gradient_clipping": "training.max_grad_norm",
@@ -59,7 +61,8 @@ _NVME_KEYS = ("offload_optimizer_nvme_path", "offload_param_nvme_path")
 
 def overrides(content: Mapping[str, Any], *, label: str) -> list[Override]:
     """What the file says, each with `label: key` as its origin. ConfigError with all its faults."""
-    faults = [f"{label}: {fault}" for fault in _faults(content)]
+    mistyped = list(_mistyped(content))
+    faults = [f"{label}: {fault}" for fault in mistyped or _faults(content)]
     if faults:
         raise ConfigError(faults)
     found = [*_cluster(content), *_precision(content), *_engine(content)]
@@ -72,19 +75,26 @@ _Said = Iterator[tuple[str, Any, str]]
 
 
 def _cluster(content: Mapping[str, Any]) -> _Said:
-    machines = int(content.get("num_machines") or 1)
+    machines = content.get("num_machines") or 1
     yield "cluster.nodes", machines, "num_machines"
     processes = content.get("num_processes")
     if processes:
-        yield "cluster.procs_per_node", int(processes) // machines, "num_processes"
+        yield "cluster.procs_per_node", processes // machines, "num_processes"
     if content.get("use_cpu"):
         yield "training.use_cpu", True, "use_cpu"
+    devices = content.get("gpu_ids")
+    if devices not in (None, "all", ""):
+        yield "cluster.env.CUDA_VISIBLE_DEVICES", str(devices), "gpu_ids"
 
 
 def _precision(content: Mapping[str, Any]) -> _Said:
-    precision = _PRECISIONS.get(str(content.get("mixed_precision") or "no"))
+    said = content.get("mixed_precision")
+    precision = _PRECISIONS.get(str(said or "no"))
     if precision:
         yield f"training.{precision}", True, "mixed_precision"
+    elif said:  # which it says out loud, and so contradicts bf16: true
+        yield "training.bf16", False, "mixed_precision"
+        yield "training.fp16", False, "mixed_precision"
 
 
 def _engine(content: Mapping[str, Any]) -> _Said:
@@ -101,7 +111,7 @@ def _engine(content: Mapping[str, Any]) -> _Said:
         yield "training.fsdp_config", config, "fsdp_config"
     else:
         single: EngineName = "single"
-        alone = kind == "NO" and int(content.get("num_processes") or 1) == 1
+        alone = kind == "NO" and (content.get("num_processes") or 1) == 1
         yield "engine.name", single if alone else "ddp", "distributed_type"
 
 
@@ -117,6 +127,15 @@ def _deepspeed(config: Mapping[str, Any]) -> _Said:
             yield "engine.nvme_path", config[key], f"deepspeed_config.{key}"
 
 
+def _mistyped(content: Mapping[str, Any]) -> Iterator[str]:
+    for key, kind in _TYPES.items():
+        value = content.get(key)
+        if value is not None and type(value) is not kind:
+            yield f"{key} is {value!r}, not {_TYPE_NAMES[kind]}"
+        elif isinstance(value, int) and kind is int and value < 1:
+            yield f"{key} is {value}; it must be at least 1"
+
+
 def _faults(content: Mapping[str, Any]) -> Iterator[str]:
     kind = content.get("distributed_type", "NO")
     if kind not in _KINDS:
@@ -128,18 +147,21 @@ def _faults(content: Mapping[str, Any]) -> Iterator[str]:
     if processes % machines:
         yield f"num_processes {processes} is not divisible by num_machines {machines}"
     for key, value in content.items():
-        if key not in _WITHOUT_EFFECT and value not in (None, {}, [], "", False):
+        if key not in (*_WITHOUT_EFFECT, *_READ) and value not in (None, {}, [], "", False):
             yield f"{key} has no counterpart here; leave it out"
+    for section, owner in (("deepspeed_config", "DEEPSPEED"), ("fsdp_config", "FSDP")):
+        if content.get(section) and kind != owner:
+            yield f"{section} is said, but distributed_type is {kind}; leave one out"
     if kind == "DEEPSPEED":
         yield from _deepspeed_faults(content.get("deepspeed_config") or {})
 
 
 def _deepspeed_faults(config: Mapping[str, Any]) -> Iterator[str]:
     stage = config.get("zero_stage", 2)
-    if not config.get("deepspeed_config_file") and stage not in (1, 2, 3):
+    if not config.get("deepspeed_config_file") and (stage not in (1, 2, 3) or stage is True):
         yield f"deepspeed_config.zero_stage {stage} is not supported; use 1, 2 or 3"
     for key, value in config.items():
         if key in _DEEPSPEED_KEYS or key in _NVME_KEYS or key == "zero_stage":
             continue
-        if value not in _DEEPSPEED_GRANTED.get(key, ()):
+        if not any(value == granted for granted in _DEEPSPEED_GRANTED.get(key, ())):
             yield f"deepspeed_config.{key}: {value!r} has no counterpart here; leave it out"

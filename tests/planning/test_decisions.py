@@ -329,6 +329,52 @@ def test_an_accelerate_config_that_contradicts_the_run_file_is_told_all_at_once(
     assert _with_accelerate(folder, run, *settled).engine.name == "zero2"
 
 
+def test_an_accelerate_config_settles_engine_auto_and_says_no_out_loud(folder: Path) -> None:
+    assert _with_accelerate(folder, RUN + "engine: auto\n").engine.name == "zero2"
+    (folder / "no.yaml").write_text("{num_processes: 2, mixed_precision: 'no'}")
+    request = Request(
+        target="quick.yaml",
+        overrides=(parse_assignment("cluster.procs_per_node=2"),),
+        accelerate_config="no.yaml",
+    )
+    surroundings = Surroundings(environment={"CUDA_VISIBLE_DEVICES": ""}, working_dir=folder)
+    assert "bf16" not in make_plan(request, surroundings).training
+
+    (folder / "quick.yaml").write_text(RUN + "  bf16: true\n")
+    with pytest.raises(ConfigError) as raised:
+        make_plan(request, surroundings)
+    assert raised.value.faults == (
+        "quick.yaml:7: training.bf16: True, but no.yaml: mixed_precision says False; leave one "
+        "out, or settle it by --set training.bf16=…",
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "engine"),
+    [
+        ("engine.shard=1", "fsdp"),
+        ("engine.offload_optimizer=cpu", "zero1"),
+        ("engine.secondary_shard=2", "zero3"),
+        ("engine.forward_prefetch=2", "fsdp"),
+        ("training.fsdp_config={reshard_after_forward: false}", "fsdp"),
+    ],
+)
+def test_auto_takes_an_engine_that_has_what_was_said(folder: Path, said: str, engine: str) -> None:
+    plan = _make(folder, "cluster.procs_per_node=2", said)
+
+    assert plan.engine.name == engine
+    assert plan.topology.shard_size == (1 if "shard=1" in said else 2)
+    assert plan.origins["engine.name"].startswith("auto: the fastest that fits")
+
+
+def test_auto_refuses_what_no_engine_has_with_the_fewest_faults(folder: Path) -> None:
+    said = ("engine.shard=2", "engine.offload_optimizer=cpu", "cluster.procs_per_node=2")
+
+    assert _fault(folder, *said, "training.bf16=true", "training.fp16=true").splitlines()[0] == (
+        "--set: training.fp16: bf16 and fp16 are both true; keep one of them"
+    )
+
+
 def test_a_deepspeed_json_fills_arguments_and_says_from_where(folder: Path) -> None:
     (folder / "ds.json").write_text(
         json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.3})

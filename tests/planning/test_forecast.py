@@ -110,8 +110,8 @@ def _root() -> Path:
 
 def test_the_least_sharding_that_fits_is_taken() -> None:
     class Memory:
-        def __init__(self, peak: int) -> None:
-            self.peak = peak
+        def __init__(self, peak: int, host: int = 0) -> None:
+            self.peak, self.host = peak, host
 
     needs = {"ddp": 90, "zero1": 70, "zero2": 60, "fsdp": 50, "zero3": 40}
     ways = list(candidates(nodes=1, procs_per_node=8, on_gpu=True))
@@ -128,6 +128,88 @@ def test_the_least_sharding_that_fits_is_taken() -> None:
     assert pick(58).candidate == Candidate(engine="fsdp")
     assert "ddp, zero1, zero2 would not fit" in pick(58).why
     assert pick(20).why.startswith("auto: nothing fits")
+
+
+def test_offload_that_the_host_can_not_hold_is_passed_over(tmp_path: Path) -> None:
+    class Memory:
+        peak, host = 10 << 30, 30 << 30
+
+    way = Candidate(engine="zero3", options=(("offload_optimizer", "cpu"),))
+
+    def pick(host: int) -> Any:
+        return choose(
+            [way],
+            memory_of=lambda way: Memory(),  # type: ignore[return-value,arg-type]
+            device_memory=DeviceMemory(total=40 << 30, device="cuda", host=host << 30),
+        )
+
+    assert pick(40).why.endswith("and 30.0 GiB of the host's memory")
+    assert pick(20).why.startswith("auto: nothing fits")
+
+
+def test_a_said_shard_stands_when_auto_compares_engines(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        _RUN + "cluster: {procs_per_node: 4, nodes: 2}\nengine: {shard: 2}\n"
+    )
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+
+    found = compare_engines(Request(target="run.yaml"), surroundings)
+
+    shards = {str(way): plan.topology.shard_size for way, plan, _ in found if plan is not None}
+    assert shards == {"fsdp": 2}
+
+
+def test_state_on_nvme_is_told_apart_from_the_host_s(tmp_path: Path) -> None:
+    target = str(share_root() / "configs" / "llama3-70b.yaml")
+    said = ("engine.name=zero3", "engine.offload_optimizer=nvme", "engine.nvme_path=/local")
+    plan = _plan(target, *said, "cluster.procs_per_node=8", folder=tmp_path)
+    memory = _forecast(plan, tmp_path).memory
+
+    assert memory is not None and plan.topology.world_size >= 8
+    own = _forecast(plan, tmp_path).model.shapes.numel / plan.topology.world_size  # type: ignore[union-attr]
+    assert memory.nvme == pytest.approx(12 * own, rel=0.01)
+    assert memory.state.optimizer == memory.state.masters == 0
+    assert 4 * own < memory.host < 4 * own + 4 * 4 * own * 1.01
+
+
+def test_checkpoints_without_a_limit_are_not_bounded(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    unlimited = ("training.max_steps=-1", "training.save_total_limit=null")
+
+    found = _forecast(_plan("run.yaml", *unlimited, folder=tmp_path), tmp_path)
+
+    assert found.disk is not None
+    assert (found.disk.kept, found.disk.peak) == (None, None)
+    limited = _forecast(_plan("run.yaml", "training.max_steps=-1", folder=tmp_path), tmp_path)
+    assert limited.disk is not None and limited.disk.kept == 2
+
+
+def test_an_optimizer_whose_state_is_not_known_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+
+    done = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw")
+
+    assert "as Adam's: what galore_adamw keeps is not known" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run.yaml", "--diff", "run.yaml", "--compare"), "--compare: --diff compares plans"),
+        (("run.yaml", "--diff", "run.yaml", "--trace"), "--trace: --diff compares plans"),
+        (("train.py", "--trace"), "--trace: train.py is a script, whose model is its own"),
+    ],
+)
+def test_flags_that_ask_two_things_are_refused(
+    tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    (tmp_path / "train.py").write_text("import torch\n")
+
+    done = _command(tmp_path, *arguments)
+
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {message}")
 
 
 def test_sharding_within_a_node_comes_before_sharding_over_all() -> None:

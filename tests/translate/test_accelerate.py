@@ -96,6 +96,32 @@ def test_all_that_can_not_be_followed_is_named_at_once() -> None:
     )
 
 
+def test_values_of_the_wrong_type_and_sections_of_another_kind_are_named() -> None:
+    content = {"num_processes": "two", "deepspeed_config": [3], "use_cpu": "yes", "num_machines": 0}
+
+    with pytest.raises(ConfigError) as raised:
+        overrides(content, label="acc.yaml")
+    assert raised.value.faults == (
+        "acc.yaml: deepspeed_config is [3], not a section",
+        "acc.yaml: num_processes is 'two', not a whole number",
+        "acc.yaml: num_machines is 0; it must be at least 1",
+        "acc.yaml: use_cpu is 'yes', not true or false",
+    )
+    other = {"distributed_type": "FSDP", "deepspeed_config": {"zero_stage": 3}}
+    with pytest.raises(ConfigError) as raised:
+        overrides(other, label="acc.yaml")
+    assert raised.value.faults == (
+        "acc.yaml: deepspeed_config is said, but distributed_type is FSDP; leave one out",
+    )
+
+
+def test_chosen_gpus_are_the_ones_that_the_ranks_see() -> None:
+    said = _said({"distributed_type": "MULTI_GPU", "num_processes": 2, "gpu_ids": "2,3"})
+
+    assert said["cluster.env.CUDA_VISIBLE_DEVICES"] == ("2,3", "acc.yaml: gpu_ids")
+    assert "cluster.env.CUDA_VISIBLE_DEVICES" not in _said({"gpu_ids": "all"})
+
+
 def _variables(engine: EngineName, device: Any = "cuda", **options: Any) -> dict[str, str]:
     training = {"bf16": True, "max_grad_norm": 0.5}
     config = translate(
