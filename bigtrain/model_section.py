@@ -25,11 +25,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bigtrain.arguments.model_fields import ALSO_TAKEN
 from bigtrain.data.byte_tokenizer import make_byte_tokenizer
 from bigtrain.errors import ConfigError
 
-# What a config takes besides its own fields: older spellings that transformers still converts.
-_ALSO_TAKEN = {"rope_theta", "rope_scaling", "partial_rotary_factor"}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -202,7 +201,7 @@ def _new_config(section: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
             _unknown("model.config.model_type", str(model_type), list(CONFIG_MAPPING))
         )
     kind = CONFIG_MAPPING[model_type]
-    known = set(kind.__dataclass_fields__) | set(kind.attribute_map) | _ALSO_TAKEN
+    known = set(kind.__dataclass_fields__) | set(kind.attribute_map) | ALSO_TAKEN
     faults = [
         _unknown(f"model.config.{field}", None, sorted(known))
         for field in fields

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from bigtrain import run_inputs
+from bigtrain.arguments.model_fields import config_faults
 from bigtrain.arguments.schema import Field, load_schema
 from bigtrain.arguments.values import did_you_mean, read_value
 from bigtrain.errors import ConfigError
@@ -120,6 +121,10 @@ def load_run_config(
         what = "missing; a model from scratch brings none; give tokenizer.name, or kind: bytes"
         layers.fault(("tokenizer",), what)
     _refuse_impossible(layers, training, data)
+    if model is not None and model.config is not None:
+        length = data.sequence_length if data is not None else 0
+        for key, what in config_faults(model.config, sequence_length=length):
+            layers.fault(("model", "config", key), what)
     if layers.has_faults and root is not None:
         for key, what in run_inputs.faults(data, model, tokenizer, root=root):
             layers.fault(tuple(key.split(".")), what)

@@ -5,9 +5,11 @@ Only looks that cost nothing: a directory's entries, the first lines of a file.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from bigtrain.arguments.model_fields import too_long
 from bigtrain.arguments.values import did_you_mean
 from bigtrain.data.files import columns, format_of, matching
 from bigtrain.data.sources import BUILTINS
@@ -31,6 +33,8 @@ def faults(
     if model is not None and model.name is not None:
         needed = ("config.json",) if tokenizer else ("config.json", "tokenizer_config.json")
         yield from _directory_faults("model.name", model.name, needed, root)
+        if data is not None and (why := _too_long(model.name, data.sequence_length, root)):
+            yield "data.sequence_length", why
     if tokenizer is not None and tokenizer.name is not None:
         needed = ("tokenizer_config.json",)
         yield from _directory_faults("tokenizer.name", tokenizer.name, needed, root)
@@ -51,6 +55,15 @@ def _directory_faults(
     if lacking:
         names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         yield key, f"{name} has no {' and no '.join(lacking)}; it holds {names}"
+
+
+def _too_long(name: str, sequence_length: int, root: Path) -> str:
+    try:
+        path = root / Path(name).expanduser() / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""  # which is told already, or by whoever loads it
+    return too_long(config, sequence_length) if isinstance(config, dict) else ""
 
 
 def _nearest(path: Path) -> str:

@@ -253,3 +253,18 @@ def test_variables_are_text_in_the_end(load: Load) -> None:
     config = load(GOOD, "cluster.env={A: 4, B: true, C: x}")
 
     assert config.cluster.environment() == {"A": "4", "B": "true", "C": "x"}
+
+
+def test_what_a_model_from_scratch_can_not_be_is_told_with_its_line(load: Load) -> None:
+    text = (
+        "model:\n  config:\n    model_type: llama\n    hiden_size: 64\n    num_attention_heads: 3\n"
+        "tokenizer: {kind: bytes}\ndata: {name: builtin:python-docs, sequence_length: 4096}\n"
+    )
+
+    assert _faults(load, text) == [
+        "quick.yaml:2: model.config.max_position_embeddings: the model has 2048 positions "
+        "(max_position_embeddings), but data.sequence_length is 4096; make one fit the other",
+        "quick.yaml:4: model.config.hiden_size: unknown key; did you mean 'hidden_size'?",
+        "quick.yaml:5: model.config.num_attention_heads: 3 heads do not divide the hidden size "
+        "4096; use 2 or 4",
+    ]

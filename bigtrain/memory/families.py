@@ -7,13 +7,10 @@ with the model itself on the meta device.
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from bigtrain.arguments.model_fields import config_class
 from bigtrain.memory.shapes import Architecture, ModelShapes, Parameter
 
 Config: TypeAlias = Mapping[str, Any]
@@ -71,43 +68,8 @@ def complete(config: Config) -> dict[str, Any]:
     """`config` with the defaults of the installed config class under it."""
     model_type = str(config.get("model_type"))
     said = {key: value for key, value in config.items() if value is not None}
-    return {**_class_defaults(model_type), **said}
-
-
-@lru_cache(maxsize=8)
-def _class_defaults(model_type: str) -> dict[str, Any]:
-    spec = importlib.util.find_spec("transformers")
-    if spec is None or spec.origin is None or not model_type.isidentifier():
-        return {}
-    folder = Path(spec.origin).parent / "models" / model_type
-    try:
-        text = (folder / f"configuration_{model_type}.py").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    found: dict[str, Any] = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-            found |= dict(_literals(node))
-    return {**found, "model_type": model_type}
-
-
-def _literals(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
-    for field in node.body:
-        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
-            continue
-        try:
-            yield field.target.id, _value(field.value)
-        except ValueError:
-            continue
-
-
-def _value(node: ast.expr | None) -> Any:
-    """A literal, or a product of literals (`4096 * 32`); else ValueError."""
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-        return _value(node.left) * _value(node.right)
-    if node is None:
-        raise ValueError("no value")
-    return ast.literal_eval(node)
+    kind = config_class(model_type)
+    return {**(kind.defaults if kind else {}), "model_type": model_type, **said}
 
 
 def _model(family: str, config: Config) -> _Named:

@@ -284,7 +284,7 @@ def test_a_trillion_parameters_on_2048_nodes_are_planned_at_once(tmp_path: Path)
         "model:\n"
         "  config: {model_type: llama, hidden_size: 25600, intermediate_size: 81920,\n"
         "    num_hidden_layers: 130, num_attention_heads: 160, num_key_value_heads: 8,\n"
-        "    vocab_size: 128256}\n"
+        "    vocab_size: 128256, max_position_embeddings: 4096}\n"
         "tokenizer: {kind: bytes}\n"
         "data: {name: builtin:python-docs, sequence_length: 4096}\n"
         "global_batch_size: 16384\n"
