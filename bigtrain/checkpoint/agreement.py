@@ -48,6 +48,11 @@ def gather(world: RankInfo, value: T) -> list[T]:
     return gathered or []
 
 
+def gather_all(world: RankInfo, value: T) -> list[T]:
+    """Every rank's value, by rank, on all ranks."""
+    return _all_gather(world, value)
+
+
 def _try(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return action(), None

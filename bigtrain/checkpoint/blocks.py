@@ -234,7 +234,10 @@ class FilePool:
         digests: Mapping[Path, FileDigest] | None = None,
         *,
         find_record: RecordSource | None = None,
+        absent: Mapping[Path, str] | None = None,
     ) -> None:
+        """`absent`: files that are known not to be here, each with what to say of it."""
+        self._absent = absent or {}
         self._digests = dict(digests or {})
         self._find_record = find_record
         self._open: OrderedDict[Path, FileReader] = OrderedDict()
@@ -248,6 +251,8 @@ class FilePool:
         if path in self._open:
             self._open.move_to_end(path)
             return self._open[path]
+        if path in self._absent:
+            raise CheckpointError(self._absent[path])
         reader = self._open[path] = FileReader(path, self._digests.get(path), self._find_record)
         while len(self._open) > _OPEN_FILES:
             self._open.popitem(last=False)[1].close()

@@ -21,6 +21,7 @@ from bigtrain.checkpoint import staging as stagings
 from bigtrain.checkpoint.blocks import hash_bytes, hash_file
 from bigtrain.checkpoint.formats.committed import read_committed
 from bigtrain.checkpoint.manifest import MANIFEST, PARTS, Manifest, Part, part_name
+from bigtrain.checkpoint.node_view import own_ranks, seen_from
 from bigtrain.checkpoint.pieces import Share
 from bigtrain.checkpoint.write_sharded import write_metadata, write_sharded
 from bigtrain.checkpoint.write_whole import write_whole
@@ -55,14 +56,14 @@ def write_share(share: Share, destination: Destination) -> Written:
     with stagings.naming_full_disk(destination.target.parent, needed=destination.needed):
         if share.layout == "sharded":
             write_sharded(share, written)
-        elif share.rank == 0:
+        elif share.is_head:
             write_whole(share, written)
         for name, content in share.objects.items():
             written.write_file(name, content)
         for name in share.caller_files:
             if name not in written.files:
                 written.add_file(name, hash_file(written.staging / name, sync=True))
-        if share.rank:
+        if share.rank or destination.root.nodes:
             _write_part(written)
     return written
 
@@ -80,6 +81,32 @@ def commit(written: Written, destination: Destination) -> None:
         read_committed(staging, manifest=manifest, parts=[part, *others]).check_tiling()
         _check_complete(staging, [part, *others])
         Written(staging, rank=written.rank).write_file(MANIFEST, manifest.to_bytes())
+        stagings.commit(staging, destination.target, run_id=root.run_id)
+
+
+def parts_here(destination: Destination) -> dict[str, bytes]:
+    """What the ranks of this node have written of their parts: name → content."""
+    names = map(part_name, sorted(own_ranks(destination.root)))
+    return {name: (destination.staging / name).read_bytes() for name in names}
+
+
+def commit_on_node(destination: Destination, contents: Mapping[str, bytes]) -> None:
+    """Complete this node's staging with all nodes' parts and the manifest, and rename it. The
+    node's head calls, once all ranks have written."""
+    staging, root = destination.staging, destination.root
+    own = own_ranks(root)
+    with stagings.naming_full_disk(destination.target.parent, needed=destination.needed):
+        parts = [Part.from_bytes(contents[name]) for name in sorted(contents)]
+        for part in parts:
+            if part.rank not in own:
+                name = part_name(part.rank)
+                Written(staging, rank=part.rank).write_file(name, contents[name])
+        hashes = {n: (len(c), hash_bytes(c).hex()) for n, c in sorted(contents.items())}
+        manifest = dataclasses.replace(root, parts=hashes)
+        seen = seen_from(manifest, parts)
+        read_committed(staging, manifest=manifest, parts=seen).check_tiling()
+        _check_complete(staging, [part for part in parts if part.rank in own])
+        Written(staging, rank=min(own)).write_file(MANIFEST, manifest.to_bytes())
         stagings.commit(staging, destination.target, run_id=root.run_id)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from bigtrain.checkpoint.manifest import MANIFEST, read_manifest
+from bigtrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from bigtrain.checkpoint.staging import committed, newest_first
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
@@ -18,6 +18,7 @@ class Found:
     """The newest checkpoint that holds, and the newer ones that don't."""
 
     path: Path | None
+    manifest: Manifest | None = None
     passed_over: tuple[tuple[Path, str], ...] = ()
     """Each with the reason; newest first."""
 
@@ -55,7 +56,7 @@ def find_checkpoint(
         if resumable and verified.manifest.param_groups is None:
             passed_over.append((path, "holds a model only (save_only_model)"))
             continue
-        return Found(path=path, passed_over=tuple(passed_over))
+        return Found(path=path, manifest=verified.manifest, passed_over=tuple(passed_over))
     return Found(path=None, passed_over=tuple(passed_over))
 
 

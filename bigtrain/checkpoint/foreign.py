@@ -38,7 +38,8 @@ _OPTIMIZER_DCP = ("optimizer_0",)
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 _SCHEDULER_FILES = ("scheduler.pt", "scheduler.bin")
 _TRAINER_STATE = "trainer_state.json"
-_STEP = re.compile(r"(\d+)$")
+_STEP = re.compile(r"(?:checkpoint-|step[-_]?)(\d+)$")
+"""Of names that count steps: accelerate's `checkpoint_3` counts saves, and much else ends so."""
 
 
 @dataclass(frozen=True, kw_only=True)

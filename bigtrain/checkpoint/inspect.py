@@ -6,19 +6,17 @@ still being written. No tensor is loaded; verifying and comparing stream.
 
 from __future__ import annotations
 
-import math
-import struct
-from array import array
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import foreign
 from bigtrain.checkpoint.blocks import FilePool
-from bigtrain.checkpoint.elements import read_elements
+from bigtrain.checkpoint.compare import element_of
 from bigtrain.checkpoint.formats.committed import read_committed
-from bigtrain.checkpoint.index import BUFFER, WEIGHT, TensorEntry, TensorIndex, tiling_fault
+from bigtrain.checkpoint.index import TensorIndex, tiling_fault
 from bigtrain.checkpoint.manifest import (
     MANIFEST,
     PARTS,
@@ -28,13 +26,11 @@ from bigtrain.checkpoint.manifest import (
     read_manifest,
     read_parts,
 )
+from bigtrain.checkpoint.node_view import own_ranks, seen_from
 from bigtrain.checkpoint.source import open_source
 from bigtrain.checkpoint.verify import find_faults
 from bigtrain.checkpoint.witness import Record, RecordSource, no_records, record_holds
 from bigtrain.errors import CheckpointError
-
-_CHUNK_ELEMENTS = 1 << 18
-"""Compared at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +61,30 @@ class Inspection:
     find_record: RecordSource = field(default=no_records, repr=False)
     ranks_missing: tuple[int, ...] = ()
     """Ranks that haven't said yet what they wrote."""
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    """Newer ones in the directory that was asked for, which can't be used, and why."""
+
+    @property
+    def step(self) -> int | None:
+        """Steps done; None where others' files don't say."""
+        return self.progress.step if self.progress.step or self.manifest else self._steps_counted()
+
+    @property
+    def epoch(self) -> float | None:
+        """Epochs done; None where others' files don't say."""
+        return self.progress.epoch if self.progress.epoch or self.manifest else None
+
+    def _steps_counted(self) -> int | None:
+        """As the optimizer counts its own."""
+        for group in self.index.param_groups or ():
+            if isinstance(group.get("step"), (int, float)):
+                return int(group["step"])
+        counted = next((e for e in self.index.entries.values() if e.kind == "step"), None)
+        if counted is None or counted.numel != 1:
+            return None
+        with contextlib.closing(FilePool(find_record=None)) as pool:
+            value = element_of(self.index, counted, pool)
+        return None if value is None else int(value)
 
     def sizes(self) -> dict[str, int]:
         """Bytes of all tensors of each kind."""
@@ -85,7 +105,7 @@ def inspect_checkpoint(path: Path) -> Inspection:
         return _foreign(path)
     source = open_source(path)
     if source.is_own:
-        return inspect_checkpoint(source.path)
+        return replace(inspect_checkpoint(source.path), passed_over=source.passed_over)
     return Inspection(
         path=source.path,
         engine=source.kind,
@@ -96,13 +116,21 @@ def inspect_checkpoint(path: Path) -> Inspection:
         index=source.index,
         is_committed=True,
         find_record=source.find_record,
+        passed_over=source.passed_over,
     )
 
 
 def verify(found: Inspection) -> Iterator[Fault]:
-    """Check every stored hash or checksum, and that the elements of all tensors are there once."""
+    """Check every stored hash or checksum, and that the elements of all tensors are there once.
+
+    What was passed over on the way to this checkpoint is a fault, too.
+    """
+    for path, why in found.passed_over:
+        yield Fault(path=path, message=f"{path}: passed over: {why}")
     if found.manifest is not None:
-        for damage in find_faults(found.path, found.parts, deep=True):
+        own = own_ranks(found.manifest)
+        here = [part for part in found.parts if part.rank in own]
+        for damage in find_faults(found.path, here, deep=True):
             yield Fault(
                 path=damage.path,
                 message=damage.message,
@@ -116,40 +144,6 @@ def verify(found: Inspection) -> Iterator[Fault]:
             yield Fault(path=found.path, message=fault, tensors=(f"{entry.name} ({entry.kind})",))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Difference:
-    """How one tensor differs between two checkpoints."""
-
-    name: str
-    kind: str
-    what: str
-    """In words."""
-    largest: float | None = None
-    """Absolute; of elements that can be compared as numbers."""
-    count: int | None = None
-    """Elements that differ."""
-
-
-def differences(ours: Inspection, theirs: Inspection) -> Iterator[Difference]:
-    """The tensors that are not the same in both, with how far apart they are."""
-    mine, others = ours.index.entries, theirs.index.entries
-    pools = FilePool(find_record=None), FilePool(find_record=None)
-    try:
-        for key in sorted(mine.keys() | _known(others, mine)):
-            name, kind = key
-            first, second = mine.get(key), _entry(others, key)
-            if first is None or second is None:
-                only = ours.path if second is None else theirs.path
-                yield Difference(name=name, kind=kind, what=f"only in {only}")
-            elif first.shape != second.shape:
-                yield Difference(name=name, kind=kind, what=f"{first.shape} and {second.shape}")
-            else:
-                yield from _compare(first, second, (ours.index, theirs.index), pools)
-    finally:
-        for pool in pools:
-            pool.close()
-
-
 def describe(found: Inspection, *, all_tensors: bool = False) -> Iterator[str]:
     """Lines for people."""
     state = "" if found.is_committed else "  (not committed: still being written, or given up)"
@@ -158,7 +152,11 @@ def describe(found: Inspection, *, all_tensors: bool = False) -> Iterator[str]:
     yield f"  written by   {found.engine}{ranks}"
     progress = found.progress
     samples = f", {progress.samples_seen:,} samples seen" if progress.samples_seen else ""
-    yield f"  step         {progress.step:,} (epoch {progress.epoch:.3g}{samples})"
+    step = "unknown" if found.step is None else f"{found.step:,}"
+    epoch = "" if found.epoch is None else f" (epoch {found.epoch:.3g}{samples})"
+    yield f"  step         {step}{epoch}"
+    for older, why in found.passed_over:
+        yield f"  passed over  {older}: {why}"
     if found.created:
         yield f"  created      {found.created}"
     if found.versions:
@@ -184,11 +182,12 @@ def as_values(found: Inspection) -> dict[str, Any]:
         "path": str(found.path),
         "engine": found.engine,
         "world_size": found.world_size,
-        "step": found.progress.step,
-        "epoch": found.progress.epoch,
+        "step": found.step,
+        "epoch": found.epoch,
         "samples_seen": found.progress.samples_seen,
         "created": found.created,
         "committed": found.is_committed,
+        "passed_over": [{"path": str(path), "why": why} for path, why in found.passed_over],
         "versions": dict(found.versions),
         "param_groups": [_plain(group) for group in found.index.param_groups or ()],
         "tensors": [
@@ -213,7 +212,7 @@ def _own(path: Path, manifest: Manifest, parts: Sequence[Part]) -> Inspection:
         progress=manifest.progress,
         created=manifest.created,
         versions=manifest.versions,
-        index=read_committed(path, manifest=manifest, parts=parts),
+        index=read_committed(path, manifest=manifest, parts=seen_from(manifest, parts)),
         is_committed=True,
         manifest=manifest,
         parts=tuple(parts),
@@ -296,74 +295,6 @@ def _tensors_in(
             if extent.file == file and (stop is None or start <= extent.offset < stop):
                 yield f"{entry.name} ({entry.kind})"
                 break
-
-
-def _known(
-    others: Mapping[tuple[str, str], TensorEntry], mine: Mapping[tuple[str, str], TensorEntry]
-) -> set[tuple[str, str]]:
-    """Keys of the others', with buffers under the kind that they have here."""
-    return {
-        (name, BUFFER) if kind == WEIGHT and (name, BUFFER) in mine else (name, kind)
-        for name, kind in others
-    }
-
-
-def _entry(
-    entries: Mapping[tuple[str, str], TensorEntry], key: tuple[str, str]
-) -> TensorEntry | None:
-    name, kind = key
-    if key not in entries and kind in (WEIGHT, BUFFER):
-        return entries.get((name, WEIGHT)) or entries.get((name, BUFFER))
-    return entries.get(key)
-
-
-def _compare(
-    first: TensorEntry,
-    second: TensorEntry,
-    indexes: tuple[TensorIndex, TensorIndex],
-    pools: tuple[FilePool, FilePool],
-) -> Iterator[Difference]:
-    count, largest = 0, 0.0
-    for start in range(0, first.numel, _CHUNK_ELEMENTS):
-        length = min(_CHUNK_ELEMENTS, first.numel - start)
-        chunks = []
-        for entry, index, pool in zip((first, second), indexes, pools, strict=True):
-            out = bytearray(length * entry.dtype.itemsize)
-            read_elements(index, entry, pool, start=start, out=memoryview(out))
-            chunks.append(out)
-        if first.dtype == second.dtype and chunks[0] == chunks[1]:
-            continue
-        mine = _numbers(chunks[0], first.dtype.name)
-        theirs = _numbers(chunks[1], second.dtype.name)
-        if mine is None or theirs is None:
-            count += sum(a != b for a, b in zip(chunks[0], chunks[1], strict=False))
-            continue
-        for a, b in zip(mine, theirs, strict=True):
-            if a != b and not (math.isnan(a) and math.isnan(b)):
-                count += 1
-                largest = max(largest, abs(a - b))
-    if count or first.dtype != second.dtype:
-        types = {first.dtype.name, second.dtype.name}
-        what = "differs" if len(types) == 1 else f"{first.dtype.name} and {second.dtype.name}"
-        yield Difference(name=first.name, kind=first.kind, what=what, largest=largest, count=count)
-
-
-_FORMATS = {"float32": "f", "float64": "d", "int64": "q", "int32": "i", "uint8": "B", "int8": "b"}
-
-
-def _numbers(data: bytearray, dtype: str) -> Sequence[float] | None:
-    """The elements as numbers; None of types that Python has none for."""
-    if dtype in _FORMATS:
-        values = array(_FORMATS[dtype])
-        values.frombytes(bytes(data))
-        return values
-    if dtype == "float16":
-        return struct.unpack(f"<{len(data) // 2}e", data)
-    if dtype == "bfloat16":
-        wide = bytearray(2 * len(data))
-        wide[2::4], wide[3::4] = data[0::2], data[1::2]
-        return _numbers(wide, "float32")
-    return None
 
 
 def _tensor_lines(index: TensorIndex) -> Iterator[str]:

@@ -87,7 +87,8 @@ def _fault(fault: Any) -> dict[str, Any]:
 
 
 def _differing(found: Inspection, other: Path) -> list[dict[str, Any]]:
-    from bigtrain.checkpoint.inspect import differences, inspect_checkpoint
+    from bigtrain.checkpoint.compare import differences
+    from bigtrain.checkpoint.inspect import inspect_checkpoint
 
     return [vars(each) for each in differences(found, inspect_checkpoint(other))]
 

@@ -269,7 +269,7 @@ def open_checkpoint(path: Path, *, names: Names | None = None) -> LoadedCheckpoi
         path,
         manifest=verified.manifest,
         index=verified.index,
-        pool=FilePool(verified.digests),
+        pool=FilePool(verified.digests, absent=verified.elsewhere),
     )
 
 

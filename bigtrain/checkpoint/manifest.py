@@ -116,6 +116,14 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NodeOfCheckpoint:
+    """One of the nodes that keep a checkpoint on disks of their own."""
+
+    host: str
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The root: what the checkpoint is, and the parts that make it up."""
 
@@ -132,6 +140,10 @@ class Manifest:
     """Path of each part → its size and the xxh3-128 of its bytes."""
     param_groups: tuple[Mapping[str, Any], ...] | None = None
     """The optimizer's groups: hyperparameters, and `params` as names; None: weights only."""
+    nodes: tuple[NodeOfCheckpoint, ...] = ()
+    """All that wrote it, each to its own disk; none where they share the storage."""
+    node: int | None = None
+    """Which of these has this directory."""
 
     def to_bytes(self) -> bytes:
         """As it stands in `manifest.json`, with its seal."""
@@ -150,6 +162,10 @@ class Manifest:
         document["progress"] = _known(Progress, document["progress"])
         document["parts"] = {name: tuple(entry) for name, entry in document["parts"].items()}
         document["param_groups"] = _unplain(document["param_groups"])
+        document["nodes"] = tuple(
+            NodeOfCheckpoint(host=node["host"], ranks=tuple(node["ranks"]))
+            for node in document.get("nodes", ())
+        )
         manifest: Manifest = _known(cls, document)
         return manifest
 

@@ -58,13 +58,15 @@ class Share:
 
     layout: Layout
     rank: int
+    is_head: bool
+    """Whether it also writes what a checkpoint holds once."""
     pieces: tuple[Piece, ...]
     has_optimizer: bool
     group_fields: tuple[GroupField, ...] = ()
-    """Sharded layout, rank 0."""
+    """Sharded layout, the head."""
     optimizer: OptimizerFile | None = None
-    """Whole layout, rank 0."""
+    """Whole layout, the head."""
     objects: Mapping[str, bytes] = field(default_factory=dict)
     """Content of small files, by path relative to the checkpoint."""
     caller_files: tuple[str, ...] = ()
-    """What the caller has put into the staging, by path relative to it; rank 0."""
+    """What the caller has put into the staging, by path relative to it; the head."""

@@ -14,23 +14,26 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import arena
 from bigtrain.checkpoint import staging as stagings
-from bigtrain.checkpoint.agreement import attempt, gather, on_main
+from bigtrain.checkpoint.agreement import attempt, gather, gather_all, on_main
 from bigtrain.checkpoint.background import BackgroundWriter
 from bigtrain.checkpoint.commit import (
     Destination,
     commit,
+    commit_on_node,
     files_in,
+    parts_here,
     versions_of,
     write_share,
 )
-from bigtrain.checkpoint.manifest import Manifest, Progress
+from bigtrain.checkpoint.manifest import Manifest, NodeOfCheckpoint, Progress
+from bigtrain.checkpoint.node_agreement import are_apart, job_nodes
 from bigtrain.checkpoint.snapshot import Snapshot, live_memory, take_snapshot
 from bigtrain.checkpoint.writer import Order
 from bigtrain.engine.protocol import Engine
@@ -102,8 +105,11 @@ class InFlight:
 class Saver:
     """One rank's part in saving; all ranks make one and call its methods in the same order."""
 
-    def __init__(self, world: RankInfo, *, in_background: bool) -> None:
+    def __init__(self, world: RankInfo, *, in_background: bool, on_each_node: bool = False) -> None:
         self._world = world
+        self._wants_each_node = on_each_node
+        self._nodes: tuple[NodeOfCheckpoint, ...] | None = None
+        self._destination: Destination | None = None
         self._wants_background = in_background and arena.is_supported()
         self._writer: BackgroundWriter | None = None
         self.in_flight: InFlight | None = None
@@ -124,6 +130,7 @@ class Saver:
         """
         self.finish()
         world = self._world
+        nodes = self._find_nodes(request.target.parent)
         snapshot = attempt(
             world,
             lambda: take_snapshot(
@@ -132,23 +139,21 @@ class Saver:
                 scheduler_state=request.scheduler_state,
                 rng_state=request.rng_state,
                 only_model=request.only_model,
+                on_each_node=bool(nodes),
             ),
         )
-        needed = sum(gather(world, snapshot.bound()))
-        destination = on_main(
-            world, lambda: _open_destination(request, snapshot, engine, world, needed)
-        )
+        destination = self._open(request, snapshot, engine, nodes)
         try:
             self._write(request, snapshot, destination, wait=wait)
         except BaseException:
-            if world.is_main:
+            if snapshot.is_head:
                 stagings.discard(destination.staging)
             raise
 
     def status(self) -> int:
         """Without waiting, this rank's addend to what all ranks know of the save in flight:
-        0 while it is written here, FAILED, or (of rank 0) COMMITTED. Only rank 0 can tell that
-        everything is; the sum over ranks is FAILED or more when any failed."""
+        0 while it is written here, FAILED, or COMMITTED. Only rank 0 can tell that everything is,
+        unless each node commits. See `is_settled`."""
         if self.in_flight is None or self._writer is None:
             return 0
         if self._outcome is None and self._writer.is_busy:
@@ -156,7 +161,11 @@ class Saver:
             self._outcome = None if outcome is None else (outcome.fault or "")
         if self._outcome is None:
             return 0
-        return FAILED if self._outcome else COMMITTED * self._world.is_main
+        return FAILED if self._outcome else COMMITTED * (self._world.is_main or bool(self._nodes))
+
+    def is_settled(self, total: int) -> bool:
+        """Whether the sum of all ranks' `status` says that waiting for the save takes no time."""
+        return total >= (self._world.world_size * COMMITTED if self._nodes else COMMITTED)
 
     def finish(self) -> InFlight | None:
         """Wait until what is in flight is committed, and say what it was. All ranks call.
@@ -171,7 +180,15 @@ class Saver:
             outcome = writer.outcome(wait=True)
             self._outcome = (outcome.fault or "") if outcome else ""
         fault, self._outcome = self._outcome, None
-        attempt(self._world, lambda: _raise(fault))
+        destination, self._destination = self._destination, None
+        try:
+            attempt(self._world, lambda: _raise(fault))
+            if self._nodes and destination is not None:
+                self._commit_everywhere(destination)
+        except BaseException:
+            if self._nodes and destination is not None and self._world.is_local_main:
+                stagings.discard(destination.staging)
+            raise
         return in_flight
 
     def close(self) -> None:
@@ -193,10 +210,66 @@ class Saver:
         if order is not None and is_copied and self._writer is not None:
             self._writer.give(order.with_files(files))
             self.in_flight = InFlight(target=request.target, progress=request.progress)
+            self._destination = destination
             return
         share = snapshot.share(live_memory, caller_files=files)
         written = attempt(self._world, lambda: write_share(share, destination))
-        on_main(self._world, lambda: commit(written, destination))
+        if destination.root.nodes:
+            self._commit_everywhere(destination)
+        else:
+            on_main(self._world, lambda: commit(written, destination))
+
+    def _commit_everywhere(self, destination: Destination) -> None:
+        """On every node its own, once all ranks have written. All ranks call."""
+        world = self._world
+        here = attempt(world, lambda: parts_here(destination) if world.is_local_main else {})
+        parts = {
+            name: content for each in gather_all(world, here) for name, content in each.items()
+        }
+        attempt(world, lambda: commit_on_node(destination, parts) if world.is_local_main else None)
+
+    def _find_nodes(self, directory: Path) -> tuple[NodeOfCheckpoint, ...]:
+        """The job's nodes where each is to save on its own disk; else none. Found out once."""
+        if self._nodes is None:
+            self._nodes = self._nodes_apart(directory) if self._wants_each_node else ()
+        return self._nodes
+
+    def _nodes_apart(self, directory: Path) -> tuple[NodeOfCheckpoint, ...]:
+        if not are_apart(self._world, directory):
+            if self._world.is_main:
+                logger.warning(
+                    "save_on_each_node: all nodes share %s, which takes one checkpoint", directory
+                )
+            return ()
+        return job_nodes(self._world)
+
+    def _open(
+        self,
+        request: SaveRequest,
+        snapshot: Snapshot,
+        engine: Engine,
+        nodes: tuple[NodeOfCheckpoint, ...],
+    ) -> Destination:
+        """Where this rank writes: the staging of rank 0, or of its node's head."""
+        world = self._world
+        bounds = gather_all(world, snapshot.bound())
+        if not nodes:
+            needed = sum(bounds)
+            return on_main(
+                world, lambda: _open_destination(request, snapshot, engine, world, needed)
+            )
+        root = on_main(world, lambda: _root(request, snapshot, engine, world))
+        node = next(i for i, each in enumerate(nodes) if world.rank in each.ranks)
+        root = replace(root, nodes=nodes, node=node)
+        needed = sum(bounds[rank] for rank in nodes[node].ranks)
+        staging = attempt(
+            world, lambda: _stage(request, needed=needed) if snapshot.is_head else None
+        )
+        stagings_of = gather_all(world, staging)
+        head = nodes[node].ranks[0]
+        return Destination(
+            target=request.target, staging=stagings_of[head] or Path(), needed=needed, root=root
+        )
 
     def _everywhere(self, is_so: bool) -> list[bool]:
         """Whether it is so on every rank. (A gather to one, told to all.)"""
@@ -204,7 +277,8 @@ class Saver:
         return on_main(self._world, lambda: answers)
 
     def _callers_files(self, request: SaveRequest, destination: Destination) -> tuple[str, ...]:
-        if not self._world.is_main:
+        is_head = self._world.is_local_main if destination.root.nodes else self._world.is_main
+        if not is_head:
             return ()
         with stagings.naming_full_disk(request.target.parent, needed=destination.needed):
             request.write_files(destination.staging)
@@ -231,6 +305,13 @@ def _raise(fault: str) -> None:
 def _open_destination(
     request: SaveRequest, snapshot: Snapshot, engine: Engine, world: RankInfo, needed: int
 ) -> Destination:
+    staging = _stage(request, needed=needed)
+    root = _root(request, snapshot, engine, world)
+    return Destination(target=request.target, staging=staging, needed=needed, root=root)
+
+
+def _stage(request: SaveRequest, *, needed: int) -> Path:
+    """A fresh staging, on a disk that has the space."""
     directory = request.target.parent
     request.check_place()
     stagings.clear_leftovers(directory, run_id=request.run_id)
@@ -240,7 +321,11 @@ def _open_destination(
     except CheckpointError:
         stagings.discard(staging)
         raise
-    root = Manifest(
+    return staging
+
+
+def _root(request: SaveRequest, snapshot: Snapshot, engine: Engine, world: RankInfo) -> Manifest:
+    return Manifest(
         uuid=uuid.uuid4().hex,
         layout=snapshot.layout,
         run_id=request.run_id,
@@ -252,4 +337,3 @@ def _open_destination(
         parts={},
         param_groups=snapshot.param_groups,
     )
-    return Destination(target=request.target, staging=staging, needed=needed, root=root)

@@ -33,6 +33,9 @@ class Snapshot:
     tensors: tuple[LocalTensor, ...]
     param_groups: tuple[Mapping[str, Any], ...] | None
     """None where only the model is saved."""
+    is_head: bool
+    """Whether this rank writes what a checkpoint holds once: rank 0, or the first of a node that
+    keeps its own."""
     objects: Mapping[str, bytes] = field(default_factory=dict)
     """Content of small files, by path relative to the checkpoint."""
 
@@ -49,11 +52,12 @@ class Snapshot:
     ) -> Share:
         """What is written, with its bytes where `place` puts them."""
         memory = place([tensor.data for tensor in self.tensors])
-        is_main, groups = self.rank == 0, self.param_groups
+        is_main, groups = self.is_head, self.param_groups
         is_whole = self.layout == "transformers"
         return Share(
             layout=self.layout,
             rank=self.rank,
+            is_head=self.is_head,
             pieces=tuple(map(_piece, self.tensors, memory)),
             has_optimizer=groups is not None,
             group_fields=() if is_whole or not is_main else tuple(_group_fields(groups or ())),
@@ -74,8 +78,14 @@ def take_snapshot(
     scheduler_state: Mapping[str, Any] | None,
     rng_state: Mapping[str, Any] | None,
     only_model: bool,
+    on_each_node: bool = False,
 ) -> Snapshot:
-    """This rank's share of the training state. All ranks call."""
+    """This rank's share of the training state. All ranks call.
+
+    `on_each_node`: also what other ranks own, where this node would lack it: replicas of shards,
+    and, on the node's first rank, what every rank holds whole.
+    """
+    is_head = world.is_local_main if on_each_node else world.is_main
     layout: Layout = "sharded" if engine.is_sharded else "transformers"
     # Taken whole before anything is written: an engine may have to talk to other ranks meanwhile.
     local = list(engine.local_state(optimizer=not only_model))
@@ -83,10 +93,11 @@ def take_snapshot(
     states: dict[str, Any] = {}
     if not only_model:
         states[rng_name(layout, world)] = rng_state
-        if world.is_main:
+        if is_head:
             states["scheduler.pt"] = scheduler_state
             states["scaler.pt"] = engine.scaler_state()
-    tensors = tuple(t for t in local if t.owned and (t.data.numel() or 0 in t.shape))
+    written = (t for t in local if t.owned or (on_each_node and (is_head or not _is_whole(t))))
+    tensors = tuple(t for t in written if t.data.numel() or 0 in t.shape)
     if layout == "transformers":
         _check_whole(tensors)
     return Snapshot(
@@ -94,6 +105,7 @@ def take_snapshot(
         rank=world.rank,
         tensors=tensors,
         param_groups=groups,
+        is_head=is_head,
         objects={name: saved_bytes(state) for name, state in states.items() if state},
     )
 
@@ -139,11 +151,15 @@ def _dtype(tensor: LocalTensor) -> DType:
 
 def _check_whole(tensors: Sequence[LocalTensor]) -> None:
     for tensor in tensors:
-        if tensor.start or tensor.data.numel() != torch.Size(tensor.shape).numel():
+        if not _is_whole(tensor):
             raise CheckpointError(
                 f"{tensor.kind} of {tensor.name} is only partly on this rank; an engine that "
                 "shards must say so"
             )
+
+
+def _is_whole(tensor: LocalTensor) -> bool:
+    return not tensor.start and tensor.data.numel() == torch.Size(tensor.shape).numel()
 
 
 def _bound(tensor: LocalTensor) -> int:

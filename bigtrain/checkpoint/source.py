@@ -73,6 +73,8 @@ class Source:
     """Checks every checksum that a foreign source stores; how many there were."""
     is_own: bool = False
     """Whether bigtrain wrote and committed it."""
+    passed_over: tuple[tuple[Path, str], ...] = ()
+    """Newer ones that could not be used, and why."""
 
     def names_in(self, path: Path, start: int, stop: int) -> list[str]:
         """The weights of which elements lie in these bytes."""
@@ -114,13 +116,15 @@ def open_source(path: Path, *, step: int | None = None, trust_times: bool = Fals
         candidates = [each for each in candidates if each.step == step]
     if not candidates:
         raise CheckpointError(_nothing(path, step))
+    passed_over: list[tuple[Path, str]] = []
     for position, candidate in enumerate(candidates):
         try:
-            return candidate.open(trust_times)
+            return replace(candidate.open(trust_times), passed_over=tuple(passed_over))
         except CheckpointError as fault:
             if position + 1 == len(candidates):
                 raise
             logger.warning("passing over %s: %s", candidate.path, fault)
+            passed_over.append((candidate.path, str(fault)))
     raise AssertionError("unreachable")
 
 
@@ -202,6 +206,12 @@ def _state_dicts(path: Path) -> list[Path]:
 def _read_own(path: Path, _trust_times: bool) -> Source:
     verified = verify_checkpoint(path, lenient=True)
     manifest = verified.manifest
+    away = [why for file, why in verified.elsewhere.items() if file in verified.index.files]
+    if away:
+        raise CheckpointError(
+            f"{path} is one node's part of a checkpoint (save_on_each_node), and {len(away)} files "
+            "lie on other nodes' disks; copy the directories of all nodes into one first"
+        )
     return Source(
         path=path,
         kind=f"bigtrain {manifest.engine} of {manifest.world_size} ranks",

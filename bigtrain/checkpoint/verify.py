@@ -11,6 +11,7 @@ from bigtrain.checkpoint.blocks import BLOCK_BYTES, FileDigest, FileReader
 from bigtrain.checkpoint.formats.committed import read_committed
 from bigtrain.checkpoint.index import TensorIndex
 from bigtrain.checkpoint.manifest import Manifest, Part, read_manifest, read_parts
+from bigtrain.checkpoint.node_view import digests_of, elsewhere, own_ranks, seen_from
 from bigtrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Verified:
     index: TensorIndex
     digests: dict[Path, FileDigest]
     """Of every file, by its path."""
+    elsewhere: dict[Path, str]
+    """Files on other nodes' disks, each with what to say of it."""
 
 
 def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = False) -> Verified:
@@ -50,20 +53,27 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = F
     """
     manifest = read_manifest(checkpoint)
     parts = tuple(read_parts(checkpoint, manifest=manifest))
-    faults = list(find_faults(checkpoint, parts, deep=deep))
+    own = own_ranks(manifest)
+    here = [part for part in parts if part.rank in own]
+    faults = list(find_faults(checkpoint, here, deep=deep))
     for fault in faults:
         if lenient and not fault.is_state:
             logger.warning("%s; resuming all the same", fault.message)
     grave = [fault.message for fault in faults if fault.is_state or not lenient]
     if grave:
         raise CheckpointError("\n".join(grave))
-    index = read_committed(checkpoint, manifest=manifest, parts=parts)
+    index = read_committed(checkpoint, manifest=manifest, parts=seen_from(manifest, parts))
     try:
         index.check_tiling()
     except CheckpointError as fault:
         raise CheckpointError(f"{checkpoint}: {fault}") from fault
-    digests = {checkpoint / name: digest for part in parts for name, digest in part.files.items()}
-    return Verified(manifest=manifest, parts=parts, index=index, digests=digests)
+    return Verified(
+        manifest=manifest,
+        parts=parts,
+        index=index,
+        digests=digests_of(manifest, parts, checkpoint),
+        elsewhere=elsewhere(manifest, parts, checkpoint) if manifest.nodes else {},
+    )
 
 
 def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Iterator[Fault]:

@@ -126,7 +126,7 @@ class Writer:
         rank, destination = order.share.rank, order.destination
         try:
             written = commit.write_share(self._filled(order), destination)
-            if rank == 0:
+            if rank == 0 and not destination.root.nodes:
                 commit.await_parts(
                     destination, is_hopeless=lambda: self._is_hopeless(destination.staging)
                 )
@@ -136,7 +136,9 @@ class Writer:
             if not isinstance(fault, CheckpointError):
                 traceback.print_exc()
                 message = f"{type(fault).__name__}: {fault}"
-            if rank == 0:
+            if destination.root.nodes:
+                pass  # the ranks themselves commit, and drop the staging
+            elif rank == 0:
                 staging.discard(destination.staging)
             else:
                 commit.tell_failure(destination.staging, rank, f"rank {rank}: {message}")

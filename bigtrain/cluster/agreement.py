@@ -123,13 +123,14 @@ def _missing_gpus(members: Sequence[Member], plan: RunPlan) -> list[str]:
 
 def _unshared_storage(members: Sequence[Member], plan: RunPlan) -> list[str]:
     blind = [m.host for m in members if not m.facts.get("sees_output", True)]
-    if not blind or not saves(plan):
+    if not blind or not saves(plan) or plan.training.get("save_on_each_node"):
         return []
     return [
         f"output_dir {plan.output_dir} is not the same storage everywhere: "
         f"{', '.join(blind[:_MOST_NODES])} can't see what {members[0].host} wrote there, so a "
-        "resume would not find the checkpoint; give an output_dir that all nodes share, or save "
-        "none (training.save_strategy: no)"
+        "resume would not find the checkpoint; give an output_dir that all nodes share, let each "
+        "node keep its own part (training.save_on_each_node: true), or save none "
+        "(training.save_strategy: no)"
     ]
 
 

@@ -83,7 +83,7 @@ class TorchEngine:
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
         for piece in self._held().weights():
-            tensor = piece.data.view(piece.shape).cpu() if self._world.is_main else None
+            tensor = piece.data.view(piece.shape).cpu() if self._world.is_local_main else None
             yield piece.name, tensor
 
     def local_state(self, *, optimizer: bool) -> Iterator[LocalTensor]:

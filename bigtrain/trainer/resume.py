@@ -8,8 +8,7 @@ load where the model is whole on every rank.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Set
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,20 @@ from transformers.trainer_utils import (
 
 from bigtrain.checkpoint.agreement import attempt
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
-from bigtrain.checkpoint.foreign import has_been_split, is_foreign
+from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
+from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
+from bigtrain.checkpoint.staging import committed
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import collectives, differences, environment, rng
+from bigtrain.trainer.candidates import (
+    Position,
+    Search,
+    is_deepspeed,
+    is_ours,
+    is_transformers,
+)
 from bigtrain.trainer.saving import (
     SAFETENSORS_FILE,
     TORCH_FILE,
@@ -46,28 +54,6 @@ logger = logging.getLogger(__name__)
 
 class NoCheckpointError(CheckpointError, ValueError):
     """Nothing to resume from. Also the ValueError that scripts for transformers' Trainer expect."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where in the data training goes on, when another batch size than now was used."""
-
-    epoch: int
-    windows: int
-    """Optimizer steps of now that hold the samples of the epoch that were seen."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """Which checkpoints will do, where none was asked for by name."""
-
-    since: datetime | None = None
-    damaged: Set[Path] = frozenset()
-    """Those that turned out to be so when they were read."""
-
-    def without(self, path: Path) -> Search:
-        """The same, with one more that is damaged."""
-        return Search(since=self.since, damaged=self.damaged | {path})
 
 
 class Resume(Saving):
@@ -94,6 +80,7 @@ class Resume(Saving):
             if own is not None:
                 return own
         if planned == "never":
+            self._say_what_stays()
             return None
         if planned != "script":
             asked = planned
@@ -109,7 +96,7 @@ class Resume(Saving):
                 )
             return found
         path = Path(asked)
-        if path.is_dir() and not _is_ours(path) and (is_foreign(path) or _is_transformers(path)):
+        if path.is_dir() and not is_ours(path) and (is_foreign(path) or is_transformers(path)):
             found = path
         else:
             try:
@@ -120,6 +107,19 @@ class Resume(Saving):
         logger.info("going on from %s", found)
         return found
 
+    def _say_what_stays(self) -> None:
+        """Beginning anew beside earlier checkpoints, which are not lost at once."""
+        there = committed(self._output_dir()) if self.is_world_process_zero() else []
+        if there:
+            logger.warning(
+                "%s holds %d checkpoints of an earlier run (to step %d): --resume never begins "
+                "anew; each stays until this run saves the same step, whatever save_total_limit "
+                "says",
+                self._output_dir(),
+                len(there),
+                there[0][0],
+            )
+
     def _last_checkpoint(self, *, since: datetime | None = None) -> Path | None:
         """The newest that verifies, committed after `since`; decided by rank 0 for all."""
         self._search = Search(since=since)
@@ -129,6 +129,9 @@ class Resume(Saving):
         return path
 
     def _next_checkpoint(self, search: Search) -> Path | None:
+        if self._saves_on_each_node():
+            where = self.args.ranks, self._output_dir()
+            return newest_on_all_nodes(*where, since=search.since, excluding=search.damaged)
         is_main = self.is_world_process_zero()
         found: Path | None = collectives.from_main(self._find_last(search) if is_main else None)
         return found
@@ -141,16 +144,16 @@ class Resume(Saving):
             directory, since=search.since, excluding=search.damaged, resumable=True
         )
         for path, why in found.passed_over:
-            if not (_is_transformers(path) and not _is_ours(path)):
+            if not (is_transformers(path) and not is_ours(path)):
                 logger.warning("%s is passed over: %s", path, why)
         if found.path is not None or search.since is not None:
             return found.path
-        if found.passed_over and all(_is_ours(path) for path, _ in found.passed_over):
+        if found.passed_over and all(is_ours(path) for path, _ in found.passed_over):
             logger.warning("no checkpoint in %s is whole: training starts anew", directory)
         last = get_last_checkpoint(str(directory))
-        if last is None or Path(last) in search.damaged or _is_ours(Path(last)):
+        if last is None or Path(last) in search.damaged or is_ours(Path(last)):
             return None
-        if not (_is_transformers(Path(last)) or is_foreign(Path(last))):
+        if not (is_transformers(Path(last)) or is_foreign(Path(last))):
             return None
         return Path(last)
 
@@ -221,14 +224,17 @@ class Resume(Saving):
             scheduler, scaler = attempt(
                 ranks, lambda: (loaded.scheduler_state(), loaded.scaler_state())
             )
-            if scheduler is not None and not _is_deepspeed(scheduler):
+            if scheduler is not None and not is_deepspeed(scheduler):
                 self.lr_scheduler.load_state_dict(scheduler)
             if not resets and scaler:
                 self.engine.load_scaler_state(scaler)
 
     def _opened(self, checkpoint: Path) -> LoadedCheckpoint:
         names = group_names(self.engine)
-        return attempt(self.args.ranks, lambda: open_checkpoint(checkpoint, names=names))
+        loaded = attempt(self.args.ranks, lambda: open_checkpoint(checkpoint, names=names))
+        if self._saves_on_each_node():
+            require_same(self.args.ranks, loaded)
+        return loaded
 
     def _take_position(self, loaded: LoadedCheckpoint) -> None:
         """Where the data goes on, counted in samples where the batch size has changed."""
@@ -285,7 +291,7 @@ class Resume(Saving):
 
     def _loads_before_preparing(self, checkpoint: Path) -> bool:
         """Whether only transformers' own way of loading reads it: adapters, or weights alone."""
-        if _is_ours(checkpoint):
+        if is_ours(checkpoint):
             return False
         return _is_peft_model(self.model) or not is_foreign(checkpoint)
 
@@ -369,29 +375,8 @@ class Resume(Saving):
                 "could not locate the best model at %s; on several nodes, save where all can read",
                 best,
             )
-        elif _is_ours(best) and not _is_peft_model(self.model):
+        elif is_ours(best) and not _is_peft_model(self.model):
             with open_checkpoint(best) as loaded:
                 self.engine.load_local_state(loaded.source, optimizer=False)
         else:
             self._load_from_checkpoint(best)
-
-
-def _is_deepspeed(scheduler: dict[str, Any]) -> bool:
-    """Whether it is of one of DeepSpeed's schedulers, which count in their own way."""
-    return "last_batch_iteration" in scheduler
-
-
-def _is_ours(directory: Path) -> bool:
-    return (directory / MANIFEST).is_file() and not has_been_split(directory)
-
-
-def _is_transformers(directory: Path) -> bool:
-    names = (
-        SAFETENSORS_FILE,
-        TORCH_FILE,
-        f"{SAFETENSORS_FILE}.index.json",
-        f"{TORCH_FILE}.index.json",
-        "adapter_model.safetensors",
-        "adapter_model.bin",
-    )
-    return any((directory / name).is_file() for name in names)

@@ -183,7 +183,7 @@ class Saving(Reporting, CallbackStates, Leasing):
         """Between two steps: finish the save in flight once all ranks know that it is done."""
         if self._saver is None or self._saver.in_flight is None:
             return
-        if self._stop.save_status():
+        if self._saver.is_settled(self._stop.save_status()):
             self._finish_save()
         else:
             self._stop.note_save(self._saver.status())
@@ -211,7 +211,11 @@ class Saving(Reporting, CallbackStates, Leasing):
 
     def _open_saver(self) -> Saver:
         if self._saver is None:
-            self._saver = Saver(self.args.ranks, in_background=self._saves_in_background())
+            self._saver = Saver(
+                self.args.ranks,
+                in_background=self._saves_in_background(),
+                on_each_node=self._saves_on_each_node(),
+            )
         return self._saver
 
     def _close_saver(self) -> None:
@@ -226,6 +230,10 @@ class Saving(Reporting, CallbackStates, Leasing):
         # A script without the launcher is used to events in transformers' order.
         asked = self.args.async_save
         return self._plan is not None if asked is None else bool(asked)
+
+    def _saves_on_each_node(self) -> bool:
+        nodes = self.args.world_size // max(1, self.args.ranks.local_world_size)
+        return bool(self.args.save_on_each_node) and nodes > 1
 
     def _may_save_later(self) -> bool:
         """Not where an override or callback takes the files to be there when it has saved."""
@@ -326,11 +334,10 @@ class Saving(Reporting, CallbackStates, Leasing):
     def _check_saving(self) -> None:
         """Refuse at construction what would fail at the first save."""
         args = self.args
-        nodes = args.world_size // max(1, args.ranks.local_world_size)
-        if args.save_on_each_node and nodes > 1:
+        if self._saves_on_each_node() and args.export == "every" and self.engine.is_sharded:
             raise UnsupportedError(
-                "save_on_each_node is not supported on several nodes; give an output_dir on "
-                "storage that all nodes share"
+                "export: every is not supported with save_on_each_node, where no node has all of "
+                "a checkpoint; use export: last"
             )
         if args.push_to_hub:
             raise UnsupportedError(

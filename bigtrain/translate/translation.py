@@ -199,11 +199,6 @@ def _fault_of_shape(request: _Request, engine: EngineName) -> Iterator[tuple[str
                 f"not supported on {engine}, where no rank has the whole model; "
                 "leave it out, or use engine single or ddp",
             )
-    if request.values["save_on_each_node"] and request.topology.nodes > 1:
-        yield (
-            "training.save_on_each_node",
-            "not supported on several nodes; give an output_dir that all nodes share",
-        )
 
 
 def _with_origins(

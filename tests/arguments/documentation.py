@@ -46,7 +46,7 @@ WHERE = {
     "a CPU",
     "jit_mode_eval": "single and ddp; refused on sharded engines, where no rank has the model",
     "save_safetensors": "the exported model; checkpoints of sharded engines are torch DCP",
-    "save_on_each_node": "refused on several nodes: give storage that all share",
+    "save_on_each_node": "each node keeps what its ranks need; coming back takes the same nodes",
     "max_grad_norm": "the norm over all shards; DeepSpeed clips in its own step",
     "gradient_accumulation_steps": "one reduction a window where the engine can: ddp and fsdp skip "
     "it in between, ZeRO 2 and 3 reduce every micro-batch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from typer.testing import CliRunner
 
+from bigtrain.checkpoint.compare import distance
 from bigtrain.checkpoint.inspect import inspect_checkpoint
 from bigtrain.cli import app
 from bigtrain.topology import RankInfo
@@ -102,6 +104,64 @@ def test_what_differs_is_told_with_how_much(tmp_path: Path, sharded: Path) -> No
     assert "scale (weight): differs: 1 elements, at most by 0.25" in text
     assert "convolution.weight (weight): differs: 1 elements, at most by 2" in text
     assert inspect(sharded, "--diff", sharded)[0] == 0
+
+
+def test_differences_are_the_same_without_numpy() -> None:
+    import random
+
+    import numpy
+
+    generator = random.Random(0)
+    for mine, theirs in (
+        ("float32", "float32"), ("float16", "float32"), ("bfloat16", "bfloat16"),
+        ("bfloat16", "float64"), ("int64", "int64"), ("uint8", "int8"),
+    ):  # fmt: skip
+        first = torch.tensor([generator.uniform(0, 9) for _ in range(50)])
+        second = first.clone()
+        second[::7] += 1.5
+        if "int" not in mine:
+            first[3] = second[3] = first[4] = second[5] = float("nan")
+            first[6] = float("inf")
+        raw = [
+            bytearray(t.to(getattr(torch, dtype)).view(torch.uint8).numpy().tobytes())
+            for t, dtype in ((first, mine), (second, theirs))
+        ]
+        arguments = (raw[0], mine, raw[1], theirs)
+        plain = distance(*arguments, numpy=None)
+        assert plain[0] > 0
+        assert distance(*arguments, numpy=numpy) == plain, (mine, theirs)
+
+
+def test_a_damaged_step_that_is_passed_over_is_a_fault(sharded: Path) -> None:
+    later = sharded.with_name("checkpoint-9")
+    shutil.copytree(sharded, later)
+    manifest = json.loads((later / "manifest.json").read_text())
+    assert inspect(sharded.parent, "--verify")[0] == 0
+    (later / "manifest.json").write_text(json.dumps(manifest | {"uuid": "edited"}))
+
+    code, text = inspect(sharded.parent, "--verify")
+
+    assert code == 1
+    assert f"passed over  {later}: " in text
+    assert f"{later}: passed over: " in text
+    assert str(sharded) in text
+
+
+def test_only_steps_and_epochs_that_are_known_are_shown(tmp_path: Path) -> None:
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(4):
+        model(torch.ones(8)).sum().backward()
+        optimizer.step()
+    path = tmp_path / "checkpoint_1"  # accelerate counts saves
+    path.mkdir()
+    torch.save(model.state_dict(), path / "pytorch_model.bin")
+    torch.save(optimizer.state_dict(), path / "optimizer.bin")
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "run-7", no_dist=True)
+
+    assert "step         4\n" in inspect(path)[1]
+    assert json.loads(inspect(path, "--json")[1])["epoch"] is None
+    assert "step         unknown\n" in inspect(tmp_path / "run-7")[1]
 
 
 def test_a_checkpoint_that_is_still_written_is_shown_as_far_as_it_is(sharded: Path) -> None:

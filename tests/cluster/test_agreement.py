@@ -83,8 +83,10 @@ def test_storage_that_is_not_shared_is_refused_where_a_resume_would_need_it() ->
     assert str(caught.value).splitlines()[1] == (
         "output_dir /a/out is not the same storage everywhere: node1 can't see what node0 wrote "
         "there, so a resume would not find the checkpoint; give an output_dir that all nodes "
-        "share, or save none (training.save_strategy: no)"
+        "share, let each node keep its own part (training.save_on_each_node: true), or save none "
+        "(training.save_strategy: no)"
     )
+    assert compare(blind, make_plan(training={"save_on_each_node": True})) == []
     assert compare(blind, make_plan(training={"save_strategy": "no"})) == []
 
 
