@@ -18,7 +18,8 @@ from bigtrain.errors import ConfigError, LaunchError
 _POLL_S = 0.5
 
 Run = Annotated[
-    str, typer.Argument(metavar="RUN", help="A job's number, a run's name, or its output_dir.")
+    str,
+    typer.Argument(metavar="RUN", help="A job's number, a run's name, or its output_dir."),
 ]
 
 
@@ -111,17 +112,33 @@ def logs(
 
 
 def _output_dir(run: str) -> Path:
-    if (Path(run) / "logs").is_dir():
-        return Path(run)
-    from bigtrain.slurm.jobs import find_job
+    """Of a directory, a run file, the name of a run that has no output_dir of its own, or a job."""
+    for place in (Path(run), Path("runs") / run):
+        if (place / "logs").is_dir():
+            return place
+    if Path(run).suffix in (".yaml", ".yml") and Path(run).is_file():
+        return _output_dir_of_file(Path(run))
+    from bigtrain.slurm.jobs import find_runs
 
     try:
-        return Path(find_job(run, environment=os.environ).output_dir)
+        _, found = find_runs(run, environment=os.environ)
     except LaunchError:
         raise ConfigError(
-            f"{run} is neither a run's output directory (it has no logs) nor a job or run that "
-            "bigtrain submitted"
+            f"{run} is neither a run file, nor a run's output directory (it has no logs), nor a "
+            "name below runs/, nor a job or run that bigtrain submitted"
         ) from None
+    if len(found) > 1:
+        named = ", ".join(f"{run.job_id} ({run.name})" for run in found)
+        raise ConfigError(f"{run} is a sweep; say which of its runs: {named}")
+    return Path(found[0].output_dir)
+
+
+def _output_dir_of_file(path: Path) -> Path:
+    from bigtrain.run_file import read_run_file
+
+    values = read_run_file(path, label=str(path)).values
+    name = values.get("name") or path.stem
+    return Path(str(values.get("output_dir") or f"runs/{name}"))
 
 
 def _lines(

@@ -145,10 +145,15 @@ class Agent:
                 on_event=self._show,
                 say=self._say,
                 follower=follower,
+                is_futile=self._is_futile,
             )
             outcome = supervisor.watch()
         server.forget_children()
         return outcome
+
+    def _is_futile(self) -> bool:
+        """Whether what these ranks do has lost its point: never, on one machine."""
+        return False
 
     def _start_store(self, server: ForkServer, stack: contextlib.ExitStack) -> Place:
         """Bind a port of the system's choice and have it served until `stack` is closed."""

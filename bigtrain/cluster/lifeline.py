@@ -8,22 +8,26 @@ hides 85 or 3 of the node that knew why) and notices a machine that is gone afte
     its ranks have all left         → "left", with its exit code and what failed
     the first node to all others:     "end" when a node fails or is lost; "leave" when all have left
 
-A lost node is noticed by the kernel's keepalive within about 25 s, a dead agent at once.
+A lost node is noticed by the kernel's keepalive within about 25 s, a dead agent at once. Where the
+run has spare nodes, "leave" may name the attempt that it goes on with: then the next round begins,
+over the same connections.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from bigtrain.cluster import rendezvous_wire
+from bigtrain.cluster.attempts import Attempt
 from bigtrain.cluster.rendezvous import Joined, Seat
 from bigtrain.cluster.rendezvous_wire import LineReader
 
@@ -54,6 +58,8 @@ class Verdict:
     cause: str | None
     lost: tuple[str, ...] = ()
     """Names of nodes that vanished."""
+    successor: Mapping[str, Any] | None = None
+    """The attempt that the nodes that are left go on with at once (`bigtrain.cluster.attempts`)."""
 
     @classmethod
     def from_message(cls, message: Mapping[str, Any]) -> Verdict:
@@ -78,24 +84,27 @@ def judge(endings: Mapping[int, Ending], lost: Mapping[int, str]) -> Verdict:
     return Verdict(code=EXIT_AGAIN if EXIT_AGAIN in codes else max(codes, default=0), cause=None)
 
 
-class Lifeline:
-    """This node's connections to the others. `leave` once, at the end.
+Conclude: TypeAlias = Callable[[Verdict, Collection[int]], Attempt | None]
+"""On the first node, what is to follow: given how a round ended and the nodes that are alive, the
+attempt to go on with, or None. Called before any other node knows, and may leave."""
 
-    `on_end` is called in a thread, at most once, when this node's ranks must go because of what
-    happened on another node.
+
+class Lifeline:
+    """This node's connections to the others, for rounds of ranks: each is `begin` and `leave` on
+    the nodes that have a place in it, and `stand_by` on the others. `close` once, at the end.
     """
 
-    def __init__(self, seat: Seat, joined: Joined, *, on_end: Callable[[], None]) -> None:
+    def __init__(self, seat: Seat, joined: Joined, *, places: Collection[int]) -> None:
         self._seat = seat
         self._connections = dict(joined.connections)
-        self._on_end = on_end
+        self._readers = dict(joined.readers)
         self._changed = threading.Condition()
-        self._endings: dict[int, Ending] = {}
-        self._lost: dict[int, str] = {}
+        self._gone: set[int] = set()
+        """Nodes whose connection has ended, or that did not answer in time."""
         self._verdict: Verdict | None = None
-        self._told_to_end = False
-        self._told_others = False
-        self._limit: float | None = None
+        self._is_over = False
+        self._on_end: Callable[[], None] | None = None
+        self._start_over(places)
         self._wake_end, self._wake = os.pipe()
         self._watcher = threading.Thread(target=self._watch, name="lifeline", daemon=True)
         self._watcher.start()
@@ -105,6 +114,15 @@ class Lifeline:
         """Whether this is another node than the first, and the first is gone."""
         return 0 in self._lost
 
+    def begin(self, *, on_end: Callable[[], None]) -> None:
+        """This node's ranks are about to be started. `on_end` is called in a thread, at most once
+        in this round, when they must go because of what happened on another node."""
+        with self._changed:
+            self._on_end = on_end
+            is_late = self._told_to_end
+        if is_late:
+            threading.Thread(target=on_end, name="lifeline-end", daemon=True).start()
+
     def warn(self) -> None:
         """Tell the others at once that ranks of this node are failing."""
         if self._seat.node_rank == 0:
@@ -112,53 +130,63 @@ class Lifeline:
         else:
             self._send(0, {"failing": True})
 
-    def leave(self, ending: Ending, *, record: Callable[[Verdict], None]) -> Verdict:
-        """Report this node's end and wait for all others'; what the run as a whole ended with.
-
-        On the first node, `record` is called with it before any other node knows, and may leave.
-        """
+    def leave(self, ending: Ending, *, conclude: Conclude) -> Verdict:
+        """Report this node's end and wait for all others'; what the round as a whole ended with."""
+        with self._changed:
+            self._endings[self._seat.node_rank] = ending
         if self._seat.node_rank == 0:
-            verdict = self._leave_as_head(ending, record)
-        else:
-            verdict = self._leave_as_guest(ending)
+            return self._leave_as_head(ending, conclude)
+        self._send(0, {"left": asdict(ending)})
+        return self._hear_verdict({self._seat.node_rank: ending})
+
+    def stand_by(self) -> Verdict:
+        """Wait, without a place in this round, for what it ends with."""
+        return self._hear_verdict({})
+
+    def hurry(self) -> None:
+        """If this node's ranks have left, wait no longer than a node may take to end its own."""
+        with self._changed:
+            if self._seat.node_rank in self._endings:
+                self._set_limit()
+
+    def close(self) -> None:
+        """Let go of the other nodes."""
         os.write(self._wake, b"\n")
         self._watcher.join()
         for connection in self._connections.values():
             connection.close()
-        return verdict
-
-    def hurry(self) -> None:
-        """Wait no longer than a node may take to end its ranks."""
-        with self._changed:
-            self._limit = self._limit or time.monotonic() + _LEAVE_WITHIN_S
-            self._changed.notify_all()
 
     # The main thread's side
 
-    def _leave_as_head(self, ending: Ending, record: Callable[[Verdict], None]) -> Verdict:
-        with self._changed:
-            self._endings[0] = ending
+    def _leave_as_head(self, ending: Ending, conclude: Conclude) -> Verdict:
         if ending.failure is not None:
             self._end_all(tell_self=False)
         with self._changed:
             self._wait_until(self._all_have_left)
-            for rank in set(self._connections) - set(self._endings) - set(self._lost):
+            for rank in self._others() - set(self._endings) - set(self._lost):
                 self._lost[rank] = self._seat.name_of(rank)
+                self._gone.add(rank)
             verdict = judge(self._endings, self._lost)
-        record(verdict)
+            alive = {0, *self._connections} - self._gone
+        following = conclude(verdict, alive)
+        if following is None:
+            self._is_over = True
+        else:
+            verdict = dataclasses.replace(verdict, successor=asdict(following))
+            with self._changed:
+                self._start_over(following.places)
         for rank in self._connections:
-            self._send(rank, {"leave": asdict(verdict)})
+            told = verdict if rank in alive else dataclasses.replace(verdict, successor=None)
+            self._send(rank, {"leave": asdict(told)})
+        if following is not None and self._lost:
+            self._end_all(tell_self=True)
         return verdict
 
-    def _leave_as_guest(self, ending: Ending) -> Verdict:
-        with self._changed:
-            self._endings[self._seat.node_rank] = ending
-        self._send(0, {"left": asdict(ending)})
+    def _hear_verdict(self, endings: Mapping[int, Ending]) -> Verdict:
         with self._changed:
             self._wait_until(lambda: self._verdict is not None or 0 in self._lost)
-            if self._verdict is not None:
-                return self._verdict
-            return judge({self._seat.node_rank: ending}, self._lost)
+            verdict, self._verdict = self._verdict, None
+            return verdict or judge(endings, self._lost)
 
     def _wait_until(self, holds: Callable[[], bool]) -> None:
         while not holds():
@@ -168,7 +196,24 @@ class Lifeline:
             self._changed.wait(left)
 
     def _all_have_left(self) -> bool:
-        return set(self._connections) <= set(self._endings) | set(self._lost)
+        return self._others() <= set(self._endings) | set(self._lost)
+
+    def _others(self) -> set[int]:
+        return {rank for rank in self._places if rank != self._seat.node_rank}
+
+    def _start_over(self, places: Collection[int]) -> None:
+        """A round begins, in which some may be lost from the start."""
+        self._places = frozenset(places)
+        self._endings: dict[int, Ending] = {}
+        self._lost = {r: self._seat.name_of(r) for r in self._places & self._gone}
+        self._on_end = None
+        self._told_to_end = False
+        self._told_others = False
+        self._limit: float | None = None
+
+    def _set_limit(self) -> None:
+        self._limit = self._limit or time.monotonic() + _LEAVE_WITHIN_S
+        self._changed.notify_all()
 
     # The thread's side
 
@@ -176,8 +221,10 @@ class Lifeline:
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_end, selectors.EVENT_READ)
             for rank, connection in self._connections.items():
-                reader = LineReader(limit=rendezvous_wire.LARGEST_LINE)
+                reader = self._readers[rank]
                 selector.register(connection, selectors.EVENT_READ, (rank, connection, reader))
+                for message in reader.waiting:  # it came right behind the end of the meeting
+                    self._take(rank, message)
             while True:
                 for key, _ in selector.select():
                     if key.data is None:
@@ -199,27 +246,41 @@ class Lifeline:
             return False
 
     def _take(self, rank: int, message: Mapping[str, Any]) -> None:
+        if rank in self._gone:
+            return  # it was given up, and the round that it speaks of is over
         if "end" in message:
             self._end_self()
         elif "failing" in message:
             self._end_all(tell_self=True, but=rank)
         elif "leave" in message:
-            with self._changed:
-                self._verdict = Verdict.from_message(message["leave"])
-                self._changed.notify_all()
+            self._take_verdict(Verdict.from_message(message["leave"]))
         elif "left" in message:
-            ending = Ending(**message["left"])
+            self._take_ending(rank, Ending(**message["left"]))
+
+    def _take_verdict(self, verdict: Verdict) -> None:
+        with self._changed:
+            self._verdict = verdict
+            if verdict.successor is None:
+                self._is_over = True
+            else:  # here, and not where it is waited for: the next message may be of that round
+                self._start_over(Attempt.from_message(verdict.successor).places)
+            self._changed.notify_all()
+
+    def _take_ending(self, rank: int, ending: Ending) -> None:
+        with self._changed:
+            self._endings[rank] = ending
+            self._changed.notify_all()
+        if ending.failure is not None:
+            self._end_all(tell_self=True, but=rank)
+        elif ending.code != 0:
             with self._changed:
-                self._endings[rank] = ending
-                self._changed.notify_all()
-            if ending.failure is not None:
-                self._end_all(tell_self=True, but=rank)
-            elif ending.code != 0:
-                self.hurry()  # it was told to stop, and the others will have been, too
+                self._set_limit()  # it was told to stop, and the others will have been, too
 
     def _lose(self, rank: int) -> None:
         with self._changed:
-            if rank in self._endings or self._verdict is not None:
+            self._gone.add(rank)
+            has_mattered = rank in self._places or rank == 0
+            if rank in self._endings or self._is_over or not has_mattered:
                 return
             self._lost[rank] = self._seat.name_of(rank)
             self._changed.notify_all()
@@ -229,15 +290,15 @@ class Lifeline:
             self._end_self()
 
     def _end_all(self, *, tell_self: bool, but: int | None = None) -> None:
-        """The run can't go on: every node is to end its ranks, `but` one that is at it."""
-        self.hurry()
+        """The round can't go on: every node is to end its ranks, `but` one that is at it."""
         with self._changed:
+            self._set_limit()
             if self._told_others:
                 return
             self._told_others = True
-        for rank in self._connections:
-            if rank != but:
-                self._send(rank, {"end": True})
+            others = self._others()
+        for rank in others - {but}:
+            self._send(rank, {"end": True})
         if tell_self:
             self._end_self()
 
@@ -246,7 +307,9 @@ class Lifeline:
             if self._told_to_end or self._seat.node_rank in self._endings:
                 return
             self._told_to_end = True
-        self._on_end()
+            on_end = self._on_end
+        if on_end is not None:
+            on_end()
 
     def _send(self, rank: int, message: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # that it is gone is noticed where it is read

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from bigtrain.cluster import failure
 from bigtrain.cluster.agent import Agent, _end_store
 from bigtrain.cluster.environment import Place
 from bigtrain.cluster.fork_client import ForkServer
-from bigtrain.cluster.lifeline import Ending, Lifeline, Verdict
-from bigtrain.cluster.rendezvous import Joined, Seat
+from bigtrain.cluster.lifeline import Conclude, Ending, Lifeline, Verdict
+from bigtrain.cluster.rendezvous import Joined
 from bigtrain.cluster.signals import SignalInbox
 from bigtrain.cluster.supervisor import FAILURE_GRACE_S, Outcome
 from bigtrain.console import Console
@@ -26,7 +26,10 @@ from bigtrain.plan import RunPlan
 
 
 class NodeAgent(Agent):
-    """Runs this node's ranks after the nodes have met, and ends when all nodes do."""
+    """Runs this node's ranks of one attempt, after the nodes have met, and ends when all nodes do.
+
+    `host`, `node_rank`: this node's name and place in the attempt.
+    """
 
     def __init__(
         self,
@@ -35,28 +38,32 @@ class NodeAgent(Agent):
         plan_path: Path,
         console: Console,
         inherited: Mapping[str, str],
-        seat: Seat,
+        host: str,
+        node_rank: int,
         joined: Joined,
-        record: Callable[[Verdict], None],
+        lifeline: Lifeline,
+        conclude: Conclude,
     ) -> None:
         super().__init__(
             plan,
             plan_path=plan_path,
             console=console,
             inherited=inherited,
-            host=seat.host,
-            node_rank=seat.node_rank,
+            host=host,
+            node_rank=node_rank,
         )
         self._joined = joined
-        self._record = record
+        self._conclude = conclude
         self._run_is_over = contextlib.ExitStack()
-        self.lifeline = Lifeline(seat, joined, on_end=self._end_ranks)
         self.verdict: Verdict | None = None
-        """What the run as a whole ended with; None before."""
+        """What the attempt as a whole ended with; None before."""
         self._over = threading.Event()
+        self._told_to_end = threading.Event()
+        self._lifeline = lifeline
+        lifeline.begin(on_end=self._end_ranks)
 
     def run(self) -> int:
-        """The exit code of the run, the same on all nodes."""
+        """The exit code of the attempt, the same on all nodes."""
         ending = Ending(code=1, failure=f"the agent on {self._host} broke down", time=time.time())
         try:
             ending = Ending(code=super().run())
@@ -72,16 +79,18 @@ class NodeAgent(Agent):
     # Where the local agent's way differs
 
     def _start_store(self, server: ForkServer, stack: contextlib.ExitStack) -> Place:
-        """The first node serves on the socket at which the nodes met, until all have left."""
+        """The first node serves on the socket at which the nodes met, until all have left. The
+        socket stays open here, for the next attempt's store."""
         place = Place(
             node_rank=self._node_rank,
             store_host=self._joined.address,
             store_port=self._joined.port,
         )
-        if self._joined.listener is None:
+        listener = self._joined.listener
+        if listener is None:
             return place
         life_end, life = os.pipe()
-        with self._joined.listener as listener, self._logs.store.open("ab") as log:
+        with self._logs.store.open("ab") as log:
             files = (log.fileno(), listener.fileno(), life_end)
             pid = server.start_store(host=place.store_host, port=place.store_port, files=files)
         os.close(life_end)
@@ -100,7 +109,7 @@ class NodeAgent(Agent):
         return dataclasses.replace(outcome, exit_code=self.verdict.code)
 
     def _leave(self, ending: Ending) -> Verdict:
-        return self.lifeline.leave(ending, record=self._record)
+        return self._lifeline.leave(ending, conclude=self._conclude)
 
     def _ending_of(self, outcome: Outcome) -> Ending:
         left = outcome.failure
@@ -121,13 +130,16 @@ class NodeAgent(Agent):
 
     def _show(self, rank: int, event: dict[str, Any]) -> None:
         if event["kind"] == "failed":
-            self.lifeline.warn()
+            self._lifeline.warn()
         super()._show(rank, event)
 
     def _end_ranks(self) -> None:
-        """Called in the lifeline's thread; signals are what the supervisor listens to."""
+        """Called in the lifeline's thread; signals are what the supervisor listens to. Again until
+        it is heard: it may come before the supervisor is there."""
+        self._told_to_end.set()
         os.kill(os.getpid(), signal.SIGTERM)
-        if not self._over.wait(FAILURE_GRACE_S):
-            for _ in range(2):  # as a person would who does not want to wait
-                os.kill(os.getpid(), signal.SIGINT)
-                self._over.wait(0.5)
+        while not self._over.wait(FAILURE_GRACE_S):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _is_futile(self) -> bool:
+        return self._told_to_end.is_set()

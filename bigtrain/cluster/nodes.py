@@ -1,35 +1,35 @@
 """A run on several machines: what each of them does, once it knows which one it is.
 
     meet (rendezvous) → agree (agreement) → this attempt's plan → run (node_agent) → one verdict
+                                                  ↑                                    │
+                                                  └─ a spare node for one that was lost ┘
 
 Whoever starts the nodes (Slurm, or a person on each machine) gives every one its `Seat`.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
-from bigtrain.cluster import agreement, ending, rendezvous, threads
+from bigtrain.cluster import agreement, attempts, ending, rendezvous, threads
 from bigtrain.cluster.agreement import StorageToken
-from bigtrain.cluster.lifeline import EXIT_AGAIN, Verdict
+from bigtrain.cluster.attempts import Attempt
+from bigtrain.cluster.lifeline import EXIT_AGAIN, Lifeline, Verdict
 from bigtrain.cluster.node_agent import NodeAgent
 from bigtrain.cluster.rendezvous import Joined, Member, Seat
 from bigtrain.cluster.rendezvous_address import interface_of
 from bigtrain.console import Console, Event
-from bigtrain.errors import ConfigError, LaunchError
-from bigtrain.plan import RunPlan, read_plan, write_plan
+from bigtrain.errors import ConfigError
+from bigtrain.plan import RunPlan
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-_DECIDED = ("attempt", "run_id", "resume")
-"""Fields of the plan that the first node decides on for all."""
 _GPU_RECORDS = Path("/proc/driver/nvidia/gpus")
 
 
@@ -46,56 +46,138 @@ def launch(
     """Run this node's share of `plan`; returns the run's exit code, the same on all nodes.
 
     Every node calls it in its main thread, with the plan as it was made, and where that lies or is
-    to lie. `again`: the same run was started before, so this is a new attempt that goes on from
-    the last checkpoint. `record` is called on the first node with the run's end, before any node
-    leaves; where the first node is lost, on those that are left. LaunchError, on all nodes, when
-    they can't start together.
+    to lie. Nodes beyond those that the plan is for are spare. `again`: the same run was started
+    before, so this is a new attempt that goes on from the last checkpoint. `record` is called on
+    the first node with the run's end, before any node leaves; where the first node is lost, on
+    those that are left. LaunchError, on all nodes, when they can't start together.
     """
     if plan.max_restarts:
         raise ConfigError(
             "max_restarts restarts the ranks of one machine; a run over several nodes is started "
             "again as a whole (cluster.slurm.max_requeues)"
         )
+    if seat.num_nodes < plan.topology.nodes:
+        raise ConfigError(
+            f"the plan is for {plan.topology.nodes} nodes; there are {seat.num_nodes}"
+        )
+    seat = dataclasses.replace(seat, num_needed=plan.topology.nodes)
     with _StopSignals() as signals:
         try:
             joined = _meet(plan, plan_path, seat=seat, console=console, again=again)
         except _StoppedError as stop:
             return stop.exit_code
-        attempt_plan, attempt_path = _attempt_of(plan, plan_path, joined)
-        agent = NodeAgent(
-            _at_this_node(attempt_plan, joined, inherited),
-            plan_path=attempt_path,
-            console=console if seat.node_rank == 0 else _OtherNodesConsole(console),
-            inherited=inherited,
+        run = _NodeRun(
+            plan,
+            plan_path,
             seat=seat,
             joined=joined,
+            console=console,
+            inherited=inherited,
             record=record,
         )
-        signals.then(agent.lifeline.hurry)
-        code = agent.run()
-    if agent.lifeline.has_lost_head and agent.verdict is not None:
-        record(agent.verdict)
-    if seat.node_rank == 0 or agent.lifeline.has_lost_head:
-        _tell(agent.verdict, console)
-        console.end(ending.summary(attempt_plan, exit_code=code, saved=agent.saved))
-        console.close()
-    return code
+        signals.then(run.lifeline.hurry)
+        return run.run()
 
 
-def describe_meeting(joined: Joined, seat: Seat) -> str:
-    """Where and how fast the nodes have met, in a line."""
+class _NodeRun:
+    """This node's share of a run whose nodes have met: of one attempt, and of another for as long
+    as spare nodes make up for those that are lost."""
+
+    def __init__(
+        self,
+        plan: RunPlan,
+        plan_path: Path,
+        *,
+        seat: Seat,
+        joined: Joined,
+        console: Console,
+        inherited: Mapping[str, str],
+        record: Callable[[Verdict], None],
+    ) -> None:
+        self._plan = plan
+        self._plan_path = plan_path
+        self._seat = seat
+        self._joined = joined
+        self._console = console
+        self._inherited = inherited
+        self._record = record
+        self._attempt = Attempt.from_message(joined.decision)
+        self._saved: str | None = None
+        self.lifeline = Lifeline(seat, joined, places=self._attempt.places)
+
+    def run(self) -> int:
+        """The exit code of the run, the same on all nodes."""
+        try:
+            verdict = self._take_part()
+            while verdict.successor is not None:
+                self._attempt = Attempt.from_message(verdict.successor)
+                verdict = self._take_part()
+        finally:
+            self.lifeline.close()
+            if self._joined.listener is not None:
+                self._joined.listener.close()
+        self._finish(verdict)
+        return verdict.code
+
+    def _take_part(self) -> Verdict:
+        if self._seat.node_rank not in self._attempt.places:
+            return self.lifeline.stand_by()
+        plan, path = self._attempt.plan_of(self._plan, self._plan_path)
+        is_first = self._seat.node_rank == 0
+        agent = NodeAgent(
+            _at_this_node(plan, self._joined, self._inherited),
+            plan_path=path,
+            console=self._console if is_first else _OtherNodesConsole(self._console),
+            inherited=self._inherited,
+            host=self._seat.host,
+            node_rank=self._attempt.places.index(self._seat.node_rank),
+            joined=self._joined,
+            lifeline=self.lifeline,
+            conclude=self._conclude,
+        )
+        agent.run()
+        self._saved = agent.saved or self._saved
+        assert agent.verdict is not None
+        return agent.verdict
+
+    def _conclude(self, verdict: Verdict, alive: Collection[int]) -> Attempt | None:
+        """On the first node: whether a spare one takes the place of what was lost."""
+        places = attempts.with_spares(self._attempt.places, alive) if verdict.lost else None
+        if places is None:
+            self._record(verdict)
+            return None
+        new = [self._seat.name_of(node) for node in places if node not in self._attempt.places]
+        self._console.say(str(verdict.cause))
+        self._console.say(f"going on without {', '.join(verdict.lost)}, with {', '.join(new)}")
+        return attempts.claim(self._plan, self._plan_path, again=True, places=places)
+
+    def _finish(self, verdict: Verdict) -> None:
+        has_lost_head = self.lifeline.has_lost_head
+        if has_lost_head:
+            self._record(verdict)
+        if self._seat.node_rank == 0 or has_lost_head:
+            plan, _ = self._attempt.plan_of(self._plan, self._plan_path)
+            _tell(verdict, self._console)
+            self._console.end(ending.summary(plan, exit_code=verdict.code, saved=self._saved))
+            self._console.close()
+
+
+def describe_meeting(joined: Joined, *, needed: int) -> str:
+    """Where and how fast the nodes have met, in a line, as the first one sees it."""
+    number = len(joined.connections) + 1
+    spare = f", {number - needed} of them spare" if number > needed else ""
     interface = interface_of(joined.own_address)
     through = f" ({interface})" if interface else ""
     return (
-        f"{seat.num_nodes} nodes met at {joined.address}:{joined.port}{through} "
-        f"in {joined.seconds:.1f} s"
+        f"{number} nodes met at {joined.address}:{joined.port}{through} "
+        f"in {joined.seconds:.1f} s{spare}"
     )
 
 
-def _tell(verdict: Verdict | None, console: Console) -> None:
-    if verdict is not None and verdict.cause is not None:
+def _tell(verdict: Verdict, console: Console) -> None:
+    if verdict.cause is not None:
         console.fail(verdict.cause)
-    elif verdict is not None and verdict.code:
+    elif verdict.code:
         console.say(f"the run stopped early, with exit code {verdict.code}")
 
 
@@ -115,9 +197,9 @@ def _meet(plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again
     def decide(members: Sequence[Member]) -> Mapping[str, Any]:
         for note in agreement.compare(members, plan):
             console.say(note)
-        claimed, path = _claim_attempt(plan, plan_path, again=again)
-        fields = {name: getattr(claimed, name) for name in _DECIDED}
-        return {"fields": fields, "plan": path.name}
+        here = sorted(member.node_rank for member in members)
+        places = here[: plan.topology.nodes]
+        return dataclasses.asdict(attempts.claim(plan, plan_path, again=again, places=places))
 
     if is_first:
         storage.write()
@@ -127,45 +209,8 @@ def _meet(plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again
         if is_first:
             storage.remove()
     if is_first:
-        console.say(describe_meeting(joined, seat))
+        console.say(describe_meeting(joined, needed=plan.topology.nodes))
     return joined
-
-
-def _claim_attempt(plan: RunPlan, plan_path: Path, *, again: bool) -> tuple[RunPlan, Path]:
-    """The plan with its attempt's number, recorded: no other start of the run has this number.
-
-    A node that was thought lost may still write for minutes; what it writes bears its own number.
-    """
-    if not again and plan_path.is_file() and read_plan(plan_path) == plan:
-        return plan, plan_path
-    first = plan.attempt + 1 if again else plan.attempt
-    for attempt in range(first, first + 10_000):
-        resume = "auto" if again else plan.resume
-        claimed = dataclasses.replace(plan, attempt=attempt, resume=resume)
-        path = _path_of(plan_path, attempt)
-        if path.exists():
-            continue
-        try:
-            write_plan(claimed, path)
-            return claimed, path
-        except LaunchError:
-            continue
-    raise LaunchError(f"{plan_path.parent} holds plans of ten thousand attempts; clear it up")
-
-
-def _path_of(plan_path: Path, attempt: int) -> Path:
-    return plan_path.with_name(f"attempt-{attempt:02d}.json")
-
-
-def _attempt_of(plan: RunPlan, plan_path: Path, joined: Joined) -> tuple[RunPlan, Path]:
-    """The plan that the first node decided on, and this node's file of it."""
-    decision = joined.decision
-    chosen = dataclasses.replace(plan, **{name: decision["fields"][name] for name in _DECIDED})
-    path = plan_path.with_name(decision["plan"])
-    if not path.exists():  # a disk that is not shared
-        with contextlib.suppress(LaunchError):  # another node of the same disk was faster
-            write_plan(chosen, path)
-    return chosen, path.resolve()
 
 
 def _at_this_node(plan: RunPlan, joined: Joined, inherited: Mapping[str, str]) -> RunPlan:

@@ -61,6 +61,9 @@ class Seat:
     interface: str | None = None
     """The only interface (or address) to listen on; None: whichever all nodes reach."""
     deadline_s: float = DEFAULT_DEADLINE_S
+    num_needed: int | None = None
+    """With how many nodes, the first among them, the run starts when the deadline passes; None:
+    only with all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.node_rank < self.num_nodes:
@@ -105,6 +108,8 @@ class Joined:
     """This node's own on the way to the first one."""
     connections: Mapping[int, socket.socket]
     """The first node's to every other, by node rank; of any other node, its one to node 0."""
+    readers: Mapping[int, LineReader]
+    """Of the same connections: what they have read already may hold what was sent after."""
     decision: Mapping[str, Any]
     """What the first node decided for all."""
     seconds: float
@@ -159,6 +164,7 @@ class _Guest:
             listener=None,
             own_address=reaches[welcome["address"]],
             connections={0: connection},
+            readers={0: reader},
             decision=welcome["decision"],
             seconds=time.monotonic() - self._started,
         )

@@ -89,6 +89,7 @@ class Head:
         welcome = {"address": address, "port": self._port, "decision": decision}
         self._broadcast({"welcome": welcome})
         connections = {rank: self._kept(visitor) for rank, visitor in self._members.items()}
+        readers = {rank: visitor.reader for rank, visitor in self._members.items()}
         listener = self._listeners.pop(address)
         listener.setblocking(True)
         return Joined(
@@ -97,6 +98,7 @@ class Head:
             listener=listener,
             own_address=address,
             connections=connections,
+            readers=readers,
             decision=decision,
             seconds=time.monotonic() - self._started,
         )
@@ -131,6 +133,8 @@ class Head:
             if self._refusal is not None:
                 raise LaunchError(self._refusal)
             if now >= limit:
+                if len(self._members) + 1 >= (self._seat.num_needed or self._seat.num_nodes):
+                    return
                 raise LaunchError(self._missing_message())
             if now >= say_at:
                 self._say(self._progress())

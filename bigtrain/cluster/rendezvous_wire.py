@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import json
 import socket
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,6 +33,8 @@ class LineReader:
 
     def __init__(self, *, limit: int = LARGEST_STRANGERS_LINE) -> None:
         self.limit = limit
+        self.waiting: deque[dict[str, Any]] = deque()
+        """Whole messages that came along with the one that `receive` returned."""
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
@@ -52,16 +55,13 @@ def encode(message: Mapping[str, Any]) -> bytes:
 
 
 def receive(connection: socket.socket, reader: LineReader) -> dict[str, Any]:
-    """The next message. ConnectionError when the other side has left, ValueError for nonsense.
-
-    Only for a side that never has two messages on the way at once.
-    """
-    while True:
+    """The next message. ConnectionError when the other side has left, ValueError for nonsense."""
+    while not reader.waiting:
         data = connection.recv(65_536)
         if not data:
             raise ConnectionError("the connection was closed")
-        for message in reader.feed(data):
-            return message
+        reader.waiting.extend(reader.feed(data))
+    return reader.waiting.popleft()
 
 
 def prove(token: bytes, *, side: str, head_nonce: str, guest_nonce: str) -> str:

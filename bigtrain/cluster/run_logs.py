@@ -2,21 +2,25 @@
 
 Lines of bigtrain's own begin with their time. What a library or a script printed has none and goes
 with the line before it in its file; in a file without any times, with the file's last change.
+Rank 0's figures, which the console showed as progress, are lines of its log like any others.
 """
 
 from __future__ import annotations
 
 import heapq
+import json
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bigtrain.console import progress_line
 from bigtrain.errors import ConfigError
 
 _STAMP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.](\d{3}) ")
 _FOLDER = re.compile(r"node-(\d+)-(.+)")
+_METRICS = "metrics.jsonl"
 _RANK_LOG = re.compile(r"rank-(\d+)\.log")
 _LONGEST_LINE = 1 << 20
 
@@ -59,19 +63,20 @@ def sources(attempt: Path, *, ranks: Sequence[int] = (), nodes: Sequence[str] = 
         match = _FOLDER.fullmatch(folder.name)
         if match is None or (nodes and not {match[2], str(int(match[1]))} & set(nodes)):
             continue
-        for path in sorted(folder.glob("*.log")):
-            rank = _RANK_LOG.fullmatch(path.name)
+        for path in sorted(folder.iterdir()):
+            rank = _rank_of(path.name)
             is_agent = path.name == "agent.log" and not ranks
-            if is_agent or (rank is not None and (not ranks or int(rank[1]) in ranks)):
-                found.append(
-                    Source(
-                        path=path,
-                        node=match[2],
-                        node_rank=int(match[1]),
-                        rank=None if rank is None else int(rank[1]),
-                    )
-                )
+            if is_agent or (rank is not None and (not ranks or rank in ranks)):
+                node_rank = int(match[1])
+                source = Source(path=path, node=match[2], node_rank=node_rank, rank=rank)
+                found.append(source)
     return found
+
+
+def _rank_of(name: str) -> int | None:
+    """Whose file it is; None for one that is no rank's."""
+    match = _RANK_LOG.fullmatch(name)
+    return 0 if name == _METRICS else None if match is None else int(match[1])
 
 
 class Reader:
@@ -101,6 +106,8 @@ class Reader:
             return
 
     def _line(self, raw: bytes) -> Line:
+        if self._source.path.name == _METRICS:
+            raw = _as_log_line(raw)
         stamp = _STAMP.match(raw)
         self._time = (_read_stamp(stamp) if stamp else None) or self._time
         # A progress bar writes itself anew in one line: its last state is what counts.
@@ -124,6 +131,17 @@ def read_since(text: str, *, now: float) -> float:
         except ValueError:
             continue
     raise ConfigError(f"flag --since: {text!r} is neither 10m, 2h or 1d nor 2026-01-31 12:00")
+
+
+def _as_log_line(raw: bytes) -> bytes:
+    """`{"time": …, "step": 5, "loss": …}` as the line of a log; what is none of it as it is."""
+    try:
+        figures = json.loads(raw)
+        when = float(figures["time"])
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+        return f"{stamp},{int(when % 1 * 1000):03d} {progress_line(figures)}\n".encode()
+    except (ValueError, KeyError, TypeError, OverflowError):
+        return raw
 
 
 def _first_time(path: Path) -> float:

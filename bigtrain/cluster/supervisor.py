@@ -76,13 +76,16 @@ class Supervisor:
         on_event: Callable[[int, dict[str, Any]], None],
         say: Callable[[str], None],
         follower: LogFollower | None,
+        is_futile: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`is_futile`: whether the run has failed elsewhere, so that a SIGTERM comes from there."""
         self._host = host
         self._ranks = ranks
         self._inbox = inbox
         self._on_event = on_event
         self._say = say
         self._follower = follower
+        self._is_futile = is_futile
         self._stopped_by: int | None = None
         self._stopped_at = 0.0
         self._kill_at: float | None = None
@@ -184,13 +187,13 @@ class Supervisor:
                 self._kill("interrupted twice")
                 continue
             if number == signal.SIGINT:
-                self._say("interrupted: the ranks are told to stop (Ctrl-C again: kill them)")
+                self._say("interrupted: the ranks stop without a save (Ctrl-C again: kill them)")
                 if self._follower is not None:
                     self._follower.end_at_traceback()
             self._stopped_by, self._stopped_at = number, time.time()
             self._signal_all(number)
             if number in _STOPPING:
-                self._kill_within(STOP_GRACE_S)
+                self._kill_within(FAILURE_GRACE_S if self._is_futile() else STOP_GRACE_S)
 
     def _signal_all(self, number: int, *, ended_by_us: bool = False) -> None:
         """To the ranks alone: their data workers are theirs to end."""
@@ -253,7 +256,8 @@ class Supervisor:
         if self._stopped_by == signal.SIGINT:
             return 128 + signal.SIGINT
         if self._stopped_by and (self._died_of_stop() or any(e.ended_by_us for e in exits)):
-            return 128 + self._stopped_by
+            is_notice = self._stopped_by in (signal.SIGUSR1, signal.SIGUSR2)
+            return STOP_AND_RESUME if is_notice else 128 + self._stopped_by
         return codes[0] if codes else 0
 
     def _clean_up(self) -> None:

@@ -16,8 +16,6 @@ from bigtrain.topology import is_slurm_step as is_step
 
 TOKEN_VARIABLE = "BIGTRAIN_JOIN_TOKEN"
 ADDRESSES_VARIABLE = "BIGTRAIN_HEAD_ADDRESSES"
-RESTARTS_VARIABLE = "BIGTRAIN_JOB_RESTARTS"
-"""Starts of the run within this start of the job, on other nodes after some were lost."""
 
 
 def tasks_of_step(environment: Mapping[str, str]) -> int:
@@ -38,9 +36,8 @@ def is_task_per_node(environment: Mapping[str, str]) -> bool:
 
 
 def restart_count(environment: Mapping[str, str]) -> int:
-    """How often this job was started before: by Slurm out of the queue, or within its nodes."""
-    names = ("SLURM_RESTART_COUNT", RESTARTS_VARIABLE)
-    return sum(_number(environment, name, default=0) for name in names)
+    """How often this job was started before."""
+    return _number(environment, "SLURM_RESTART_COUNT", default=0)
 
 
 def read_seat(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.errors import LaunchError
 from bigtrain.slurm import client
-from bigtrain.slurm.record import SubmissionRecord, remembered
+from bigtrain.slurm.record import SubmittedRun, remembered
 
 _TAIL_BYTES = 65_536
 
@@ -35,26 +35,31 @@ class Job:
 def list_jobs(*, environment: Mapping[str, str], ended: bool = False) -> list[Job]:
     """The runs that this user submitted and that are in the queue, newest first.
 
-    With `ended` also those that have left it, as far as they are remembered.
+    With `ended` also those that have left it, as far as they are remembered. Of a sweep, each run
+    is one.
     """
-    records = list(remembered(environment=environment))
+    runs = [(record, run) for record in remembered(environment=environment) for run in record.runs]
     queue = _queue()
-    known = [record for record in records if ended or _rows(record, queue)]
-    states = queue | _ended_states([r for r in known if not _rows(r, queue)])
-    return [_job(record, states) for record in known]
+    known = [(record, run) for record, run in runs if ended or run.job_id in queue]
+    gone = dict.fromkeys(record.job_id for record, run in known if run.job_id not in queue)
+    states = queue | _ended_states([job_id for job_id in gone if job_id])
+    return [_job(run, record.nodes, states) for record, run in known]
 
 
-def find_job(target: str, *, environment: Mapping[str, str]) -> SubmissionRecord:
-    """The submitted run that a job's number, a run's name or its output directory means.
+def find_runs(target: str, *, environment: Mapping[str, str]) -> tuple[str, list[SubmittedRun]]:
+    """What a job's number, a run's name or its output directory means: the job's number, and the
+    runs, which are several where it means a whole sweep.
 
     Of several with that name or directory the newest. LaunchError where there is none.
     """
     directory = os.path.realpath(target)
     for record in remembered(environment=environment):
-        if target in (record.job_id, record.name) or directory == os.path.realpath(
-            record.output_dir
-        ):
-            return record
+        for run in record.runs:
+            is_place = directory == os.path.realpath(run.output_dir)
+            if target in (run.job_id, run.name) or is_place:
+                return run.job_id, [run]
+        if target in (record.job_id, record.name):
+            return record.job_id or "", record.runs
     raise LaunchError(
         f"{target} is no job, run or output directory that bigtrain submitted; bigtrain jobs lists "
         "them, and scancel ends any other job"
@@ -63,11 +68,9 @@ def find_job(target: str, *, environment: Mapping[str, str]) -> SubmissionRecord
 
 def cancel(target: str, *, environment: Mapping[str, str]) -> str:
     """End a job for good; returns its number. Its ranks save first, within Slurm's KillWait."""
-    record = find_job(target, environment=environment)
-    if record.job_id is None:
-        raise LaunchError(f"{target} was never taken by Slurm")
-    client.call(["scancel", record.job_id])
-    return record.job_id
+    job_id, _ = find_runs(target, environment=environment)
+    client.call(["scancel", job_id])
+    return job_id
 
 
 def last_step(output_dir: Path) -> int | None:
@@ -93,29 +96,35 @@ class _Row:
 
 def _queue() -> dict[str, _Row]:
     """Job number (an array's with its index: `12_3`) → its row."""
-    return _rows_of(client.call(["squeue", "--me", "--noheader", "--format=%i|%T|%M|%r"]))
+    return _rows_of(
+        client.call(["squeue", "--me", "--array", "--noheader", "--format=%i|%T|%M|%r"])
+    )
 
 
-def _ended_states(records: Sequence[SubmissionRecord]) -> dict[str, _Row]:
+def _ended_states(ids: Sequence[str]) -> dict[str, _Row]:
     """From the accounting where there is one, else from what the controller still remembers."""
-    ids = [record.job_id for record in records if record.job_id]
     if not ids:
         return {}
     columns = "--format=JobID,State,Elapsed,Reason"
     try:
         text = client.call(["sacct", "-X", "-n", "-P", f"--jobs={','.join(ids)}", columns])
     except LaunchError:
-        return {job_id: row for job_id in ids[:20] if (row := _remembered_state(job_id))}
+        return {key: row for job_id in ids[:20] for key, row in _remembered_states(job_id)}
     return _rows_of(text)
 
 
-def _remembered_state(job_id: str) -> _Row | None:
+def _remembered_states(job_id: str) -> Iterator[tuple[str, _Row]]:
+    """A line for each job of an array."""
     try:
         text = client.call(["scontrol", "show", "job", "--oneliner", job_id])
     except LaunchError:
-        return None
-    values = dict(word.split("=", 1) for word in text.split() if "=" in word)
-    return _Row(state=values.get("JobState", ""), elapsed=values.get("RunTime", ""), reason="")
+        return
+    for line in text.splitlines():
+        values = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        index = values.get("ArrayTaskId")
+        state, elapsed = values.get("JobState", ""), values.get("RunTime", "")
+        row = _Row(state=state, elapsed=elapsed, reason="")
+        yield (job_id if index is None else f"{job_id}_{index}"), row
 
 
 def _rows_of(text: str) -> dict[str, _Row]:
@@ -128,23 +137,17 @@ def _rows_of(text: str) -> dict[str, _Row]:
     return rows
 
 
-def _rows(record: SubmissionRecord, rows: Mapping[str, _Row]) -> list[_Row]:
-    """Of an array there are several: one for each of its jobs that has begun."""
-    job_id = record.job_id
-    return [row for key, row in rows.items() if key == job_id or key.startswith(f"{job_id}_")]
-
-
-def _job(record: SubmissionRecord, states: Mapping[str, _Row]) -> Job:
-    rows = _rows(record, states) or [_Row(state="GONE", elapsed="", reason="")]
+def _job(run: SubmittedRun, nodes: int, states: Mapping[str, _Row]) -> Job:
+    row = states.get(run.job_id) or _Row(state="GONE", elapsed="", reason="")
     return Job(
-        job_id=record.job_id or "",
-        name=record.name,
-        state=",".join(dict.fromkeys(row.state for row in rows)),
-        reason=rows[0].reason,
-        elapsed=rows[0].elapsed,
-        nodes=record.nodes,
-        output_dir=record.output_dir,
-        last_step=last_step(Path(record.output_dir)),
+        job_id=run.job_id,
+        name=run.name,
+        state=row.state,
+        reason=row.reason,
+        elapsed=row.elapsed,
+        nodes=nodes,
+        output_dir=run.output_dir,
+        last_step=last_step(Path(run.output_dir)),
     )
 
 

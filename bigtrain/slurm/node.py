@@ -19,8 +19,7 @@ from bigtrain.slurm import identity, provenance
 from bigtrain.slurm.record import SubmissionRecord, record_path
 
 VERDICT_VARIABLE = "BIGTRAIN_VERDICT"
-"""A file for the run's exit code and the nodes that it lost: srun itself leaves with the highest of
-all its tasks' codes."""
+"""A file for the run's exit code: srun itself leaves with the highest of all its tasks' codes."""
 
 
 def main() -> None:
@@ -64,10 +63,10 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
 
 
 def _record(verdict: Verdict, path: Path, *, is_first: bool) -> None:
-    """The code, and the nodes that were lost. The first node has the last word: another one that
-    believes the first to be lost may be the one that is cut off."""
+    """The first node has the last word: another one that believes the first to be lost may be the
+    one that is cut off."""
     with contextlib.suppress(OSError), path.open("w" if is_first else "x") as file:
-        file.write(f"{verdict.code} {','.join(verdict.lost)}\n")
+        file.write(f"{verdict.code}\n")
 
 
 def _choose(paths: list[str], environment: Mapping[str, str]) -> str:

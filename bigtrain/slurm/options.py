@@ -6,6 +6,7 @@ hour away or, in a `#SBATCH` line after the first command, by nobody.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -65,6 +66,22 @@ _PYXIS = (
     *("container-remap-root", "container-writable", "container-readonly"),
     *("no-container-entrypoint", "no-container-mount-home", "no-container-remap-root"),
 )
+
+
+_TIME = (
+    re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|unlimited|infinite|-1", re.IGNORECASE),
+    "a time as Slurm knows it: MINUTES, MINUTES:SECONDS, HH:MM:SS, DAYS-HH, DAYS-HH:MM or "
+    "DAYS-HH:MM:SS, as in 24:00:00 or 1-00",
+)
+# What sbatch itself would misread without a word, or take for something that never reaches the run.
+_FORMS: Mapping[str, tuple[re.Pattern[str], str]] = {
+    "time": _TIME,
+    "time-min": _TIME,
+    "signal": (
+        re.compile(r"(R:)?(\d+|[A-Za-z]\w*)(@\d+)?"),
+        "SIG@SECONDS, as in USR2@600 (with B: in front, only the batch script would hear of it)",
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +168,9 @@ def _read_value(name: str, value: Any) -> str | None:
     text = _as_text(value)
     if not text or not text.isprintable():
         raise ValueError(f"{value!r} can't be written in one line of a script")
+    form, advice = _FORMS.get(name, (None, ""))
+    if form is not None and not form.fullmatch(text):
+        raise ValueError(f"{text!r} is not {advice}")
     return text
 
 

@@ -24,6 +24,16 @@ _MOST_REMEMBERED = 500
 
 
 @dataclass(frozen=True, kw_only=True)
+class SubmittedRun:
+    """One run in Slurm."""
+
+    job_id: str
+    """Of an array's, with its index: `12_3`."""
+    name: str
+    output_dir: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SubmissionRecord:
     """One submitted job."""
 
@@ -42,6 +52,19 @@ class SubmissionRecord:
     """Seconds since the epoch."""
     job_id: str | None = None
     """None until sbatch has given it."""
+    sweep: tuple[tuple[str, str], ...] = ()
+    """Name and output directory of each run of an array, in the order of its indices."""
+
+    @property
+    def runs(self) -> list[SubmittedRun]:
+        """What the job runs: one run, or each of an array's."""
+        number = self.job_id or ""
+        if not self.sweep:
+            return [SubmittedRun(job_id=number, name=self.name, output_dir=self.output_dir)]
+        return [
+            SubmittedRun(job_id=f"{number}_{index}", name=name, output_dir=place)
+            for index, (name, place) in enumerate(self.sweep)
+        ]
 
     @classmethod
     def read(cls, path: Path) -> SubmissionRecord | None:
@@ -49,6 +72,7 @@ class SubmissionRecord:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             code = content.pop("code")
+            content["sweep"] = tuple((str(n), str(d)) for n, d in content.get("sweep", ()))
             return cls(**content, code=CodeState.from_json(code) if code else None)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return None

@@ -4,7 +4,7 @@ The template is plain bash with three comment lines that are replaced:
 
     # @options   the #SBATCH lines
     # @setup     modules, and the user's own preparations
-    # @run       srun_options=(…), node_command=(…), max_requeues, spare_nodes and record_dir
+    # @run       srun_options=(…), node_command=(…), max_requeues and record_dir
 """
 
 from __future__ import annotations
@@ -110,17 +110,21 @@ def sbatch_options(request: JobRequest) -> dict[str, str | None]:
 
 
 def srun_options(request: JobRequest) -> dict[str, str | None]:
-    """Options of the job's one step: a task on every node, which ends when one of them fails."""
+    """Options of the job's one step: a task on every node, which ends when one of them fails. With
+    spare nodes it goes on then, and the tasks see to it themselves that they end together."""
+    spare = request.settings.spare_nodes
+    number = str(request.plan.topology.nodes + spare)
     options: dict[str, str | None] = {
-        "nodes": str(request.plan.topology.nodes),
-        "ntasks": str(request.plan.topology.nodes),
+        "nodes": number,
+        "ntasks": number,
         "ntasks-per-node": "1",
         "distribution": "block",
     }
     cpus = sbatch_options(request).get("cpus-per-task")
     if cpus is not None:
         options["cpus-per-task"] = cpus  # since 22.05, srun does not take it from the job
-    options |= {"kill-on-bad-exit": "1", "mpi": "none", "input": "none"}
+    options |= {"kill-on-bad-exit": "0", "no-kill": None} if spare else {"kill-on-bad-exit": "1"}
+    options |= {"mpi": "none", "input": "none"}
     said = {k: v for k, v in request.settings.options.items() if is_container_option(k)}
     return options | said
 
@@ -162,7 +166,7 @@ def _setup_lines(settings: SlurmSettings) -> list[str]:
 
 def _run_lines(request: JobRequest) -> list[str]:
     return [
-        f"max_requeues={request.settings.max_requeues} spare_nodes={request.settings.spare_nodes}",
+        f"max_requeues={request.settings.max_requeues}",
         f"record_dir={shlex.quote(str(Path(request.plan.output_dir) / 'slurm'))}",
         *_array("srun_options", [_option(k, v) for k, v in srun_options(request).items()]),
         "# Python, with bigtrain's folder first on its module path instead of this directory.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,10 +69,14 @@ def submit(
     for plan, path in zip(request.plans, request.plan_paths, strict=True):
         write_plan(plan, path)  # first: it claims the attempt
     script = _write_script(request, text)
-    record = _record(source, request.name, script, code, snapshot)
+    record = _record(request, script, code, snapshot)
     paths = [record_path(plan.output_dir, plan.attempt) for plan in plans]
     _write_records(record, paths)
-    job_id = _queue(script, cwd=Path(source.working_dir))
+    try:
+        job_id = _queue(script, cwd=Path(source.working_dir))
+    except LaunchError:
+        _withdraw([*request.plan_paths, *paths, script, script.with_suffix(".diff")], snapshot)
+        raise
     record = dataclasses.replace(record, job_id=job_id)
     _write_records(record, paths)
     remember(record, paths[0], environment=environment)
@@ -84,6 +90,17 @@ def _write_records(record: SubmissionRecord, paths: Sequence[Path]) -> None:
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         record.write(path)
+
+
+def _withdraw(files: Sequence[Path], snapshot: Path | None) -> None:
+    """A job that Slurm did not take was no attempt, and leaves none."""
+    for path in files:
+        path.unlink(missing_ok=True)
+    if snapshot is not None:
+        shutil.rmtree(snapshot, ignore_errors=True)
+    for folder in {path.parent for path in files}:
+        with contextlib.suppress(OSError):  # others' files are in it
+            folder.rmdir()
 
 
 def gpus_of_nodes(cluster: ClusterSection) -> int:
@@ -168,14 +185,16 @@ def _moved_package(code: CodeState | None, snapshot: Path | None) -> str | None:
 
 
 def _record(
-    plan: RunPlan, name: str, script: Path, code: CodeState | None, snapshot: Path | None
+    request: JobRequest, script: Path, code: CodeState | None, snapshot: Path | None
 ) -> SubmissionRecord:
+    plan = request.plan
+    sweep = [(plan.name, plan.output_dir) for plan in request.plans]
     if code is not None:
         script.with_suffix(".diff").write_text(
             read_diff(code), encoding="utf-8", errors="surrogateescape"
         )
     return SubmissionRecord(
-        name=name,
+        name=request.name,
         output_dir=plan.output_dir,
         script=str(script),
         script_sha256=hash_file(script),
@@ -185,6 +204,7 @@ def _record(
         snapshot=None if snapshot is None else str(snapshot),
         nodes=plan.topology.nodes,
         submitted=time.time(),
+        sweep=tuple(sweep) if len(sweep) > 1 else (),
     )
 
 

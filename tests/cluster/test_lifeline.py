@@ -6,11 +6,12 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from bigtrain.cluster.attempts import Attempt, with_spares
 from bigtrain.cluster.lifeline import EXIT_AGAIN, Ending, Lifeline, Verdict, judge
 from bigtrain.cluster.rendezvous import Seat, join
 
@@ -24,14 +25,24 @@ class Node:
         joined = join(seat, dict, decide=lambda members: {})
         if joined.listener is not None:
             joined.listener.close()
-        self.told_to_end = threading.Event()
-        self.recorded: list[Verdict] = []
+        self.concluded: list[tuple[Verdict, set[int]]] = []
         self.connections = joined.connections
-        self.lifeline = Lifeline(seat, joined, on_end=self.told_to_end.set)
+        self.lifeline = Lifeline(seat, joined, places=range(3))
+        self.following: Attempt | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        self.told_to_end = threading.Event()
+        self.lifeline.begin(on_end=self.told_to_end.set)
 
     def leave(self, code: int = 0, failure: str | None = None, time: float = 0.0) -> Verdict:
         ending = Ending(code=code, failure=failure, time=time)
-        return self.lifeline.leave(ending, record=self.recorded.append)
+        return self.lifeline.leave(ending, conclude=self.conclude)
+
+    def conclude(self, verdict: Verdict, alive: Collection[int]) -> Attempt | None:
+        self.concluded.append((verdict, set(alive)))
+        following, self.following = self.following, None
+        return following
 
     def die(self) -> None:
         for connection in self.connections.values():
@@ -55,7 +66,10 @@ def nodes() -> Iterator[list[Node]]:
         for k in range(3)
     ]
     with ThreadPoolExecutor(3) as pool:
-        yield list(pool.map(Node, places))
+        found = list(pool.map(Node, places))
+        yield found
+        for node in found:
+            node.lifeline.close()
 
 
 @pytest.fixture
@@ -73,7 +87,7 @@ def test_nodes_leave_together_with_one_verdict(nodes: list[Node], pool: ThreadPo
     time.sleep(0.3)
     assert not any(future.done() for future in early)
     assert settle(*early, pool.submit(nodes[2].leave)) == [Verdict(code=0, cause=None)] * 3
-    assert nodes[0].recorded == [Verdict(code=0, cause=None)]
+    assert nodes[0].concluded == [(Verdict(code=0, cause=None), {0, 1, 2})]
     assert not any(node.told_to_end.is_set() for node in nodes)
 
 
@@ -120,6 +134,75 @@ def test_a_node_that_loses_the_first_one_ends_by_itself(
     assert verdict.code == EXIT_AGAIN
     assert verdict.cause is not None and verdict.cause.startswith("node0 vanished")
     nodes[2].leave(143)
+
+
+def _next(*places: int) -> Attempt:
+    return Attempt(fields={"attempt": 2}, plan_name="attempt-02.json", places=places)
+
+
+def test_the_nodes_that_are_left_go_on_in_another_round_and_end_together(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[0].following = _next(0, 1)
+    nodes[2].die()
+    assert nodes[1].told_to_end.wait(5)
+    verdicts = settle(*(pool.submit(node.leave, 143) for node in nodes[:2]))
+    assert [verdict.lost for verdict in verdicts] == [("node2",)] * 2
+    for verdict in verdicts:
+        assert verdict.successor is not None
+        assert Attempt.from_message(verdict.successor) == _next(0, 1)
+    for node in nodes[:2]:
+        node.begin()
+    last = settle(*(pool.submit(node.leave) for node in nodes[:2]))
+    assert last == [Verdict(code=0, cause=None)] * 2
+    assert not any(node.told_to_end.is_set() for node in nodes[:2])
+
+
+def test_a_node_without_a_place_waits_and_its_loss_ends_nothing(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[0].following = _next(0, 1)
+    first = [pool.submit(node.leave) for node in nodes]
+    assert all(verdict.successor for verdict in settle(*first))
+    spare = pool.submit(nodes[2].lifeline.stand_by)
+    nodes[0].begin()
+    nodes[1].begin()
+    nodes[2].die()
+    time.sleep(0.3)
+    assert not nodes[0].told_to_end.is_set() and not nodes[1].told_to_end.is_set()
+    assert spare.result(timeout=20).code == EXIT_AGAIN  # it sees that it is cut off
+    assert settle(*(pool.submit(node.leave) for node in nodes[:2]))[0].code == 0
+    assert nodes[0].concluded[-1][1] == {0, 1}
+
+
+def test_a_failure_in_a_round_that_a_node_has_not_begun_yet_reaches_it(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[0].following = _next(0, 1, 2)
+    settle(*(pool.submit(node.leave) for node in nodes))
+    nodes[0].begin()
+    nodes[0].lifeline.warn()
+    time.sleep(0.3)
+    nodes[1].begin()
+    assert nodes[1].told_to_end.wait(5)
+    nodes[2].begin()
+    settle(*(pool.submit(node.leave, 1, "failed", 1.0) for node in nodes))
+
+
+@pytest.mark.parametrize(
+    ("alive", "expected"),
+    [
+        ({0, 2, 3, 4}, (0, 3, 2)),
+        ({0, 3, 4}, (0, 3, 4)),
+        ({0, 1, 2}, (0, 1, 2)),
+        ({0, 4}, None),
+        ({1, 2, 3, 4}, None),
+    ],
+)
+def test_spare_nodes_take_the_places_of_lost_ones_but_for_the_first(
+    alive: set[int], expected: tuple[int, ...] | None
+) -> None:
+    assert with_spares((0, 1, 2), alive) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 
 from bigtrain.cluster.rendezvous import Joined, Member, RefusedError, Seat, join
 from bigtrain.cluster.rendezvous_address import candidate_ports, local_addresses, resolve
+from bigtrain.cluster.rendezvous_wire import LineReader, receive
 from bigtrain.errors import ConfigError, LaunchError
 
 NONSENSE = [b"GET / HTTP/1.1\r\n\r\n", b"\0" * 9000, b"{}\n", b"[]\n", b'{"nonce": 1}\n']
@@ -87,6 +88,17 @@ def test_the_socket_that_was_met_at_is_kept_and_still_listens() -> None:
             first.listener.accept()[0].close()
 
 
+def test_messages_that_come_in_one_piece_are_all_received() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b'{"a": 1}\n{"b": 2}\n{"c"')
+        reader = LineReader()
+        assert receive(ours, reader) == {"a": 1}
+        assert receive(ours, reader) == {"b": 2}
+        theirs.sendall(b": 3}\n")
+        assert receive(ours, reader) == {"c": 3}
+
+
 def test_nodes_that_start_unevenly_meet_all_the_same() -> None:
     for delays in ({0: 1.5}, {2: 1.5}):
         with closed_after(meet(seats(3), delays=delays)) as results:
@@ -145,6 +157,14 @@ def test_missing_nodes_are_named_on_every_node_that_came() -> None:
         "2 of 5 nodes are here after 1 s; missing: rack1, rack2, rack4",
     ]
     assert isinstance(futures[1].exception(), RefusedError)
+
+
+def test_spare_nodes_that_are_missing_are_done_without_when_the_time_is_up() -> None:
+    places = seats(5, deadline_s=1.5, num_needed=2)
+    with closed_after(meet([places[0], places[2], places[3]])) as results:
+        assert results[0].decision == {"hosts": ["rack0", "rack2", "rack3"]}
+        assert sorted(results[0].connections) == [2, 3]
+    assert "1 of 5 nodes are here" in errors(meet([seats(5, deadline_s=1.0, num_needed=2)[0]]))[0]
 
 
 def test_a_first_node_that_never_comes_is_named_with_what_was_tried() -> None:

@@ -91,6 +91,19 @@ def test_a_script_that_ignores_the_matter_dies_of_sigterm(
     assert done.err.splitlines()[1:] == [f"stopped by SIGTERM; {_NOTHING_SAVED}"]
 
 
+def test_a_script_that_dies_of_a_notice_is_to_be_run_again(
+    launcher: Any, start: dict[str, Any], wait_ready: Any
+) -> None:
+    launched = launcher.start(_SLEEPS, procs=2, **start)
+    wait_ready(2)
+    launched.process.send_signal(signal.SIGUSR2)
+    done = launched.wait(timeout_s=15)
+    assert (done.code, done.err.splitlines()[1:]) == (
+        85,
+        [f"stopped by SIGUSR2; {_NOTHING_SAVED}"],
+    )
+
+
 def test_ctrl_c_ends_all_ranks_with_130_and_calm_words(
     launcher: Any, gloo: dict[str, Any], wait_ready: Any
 ) -> None:
@@ -100,7 +113,7 @@ def test_ctrl_c_ends_all_ranks_with_130_and_calm_words(
     done = launched.wait(timeout_s=15)
     assert done.code == 130
     assert done.err.splitlines()[1:] == [
-        "interrupted: the ranks are told to stop (Ctrl-C again: kill them)",
+        "interrupted: the ranks stop without a save (Ctrl-C again: kill them)",
         f"stopped by SIGINT; {_NOTHING_SAVED}",
     ]
     assert done.rank_log(1).count("KeyboardInterrupt") == 1

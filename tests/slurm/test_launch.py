@@ -92,7 +92,7 @@ def test_flags_win_over_the_run_file_in_any_spelling(folder: Path) -> None:
         "--partition=debug",
         "--cpus-per-gpu=4",
     ]
-    assert "max_requeues=3 spare_nodes=0\n" in done.stdout
+    assert "max_requeues=3\n" in done.stdout
     assert "  --container-image=a/b.sqsh\n" in done.stdout
 
 
@@ -176,6 +176,20 @@ def test_without_slurm_a_submission_says_where_it_can_be_made(folder: Path) -> N
 
     assert done.returncode == 5
     assert "sbatch was not found on this machine" in done.stderr
+
+
+def test_what_sbatch_refuses_leaves_no_attempt(folder: Path) -> None:
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in {"sbatch": "echo no such partition >&2; exit 1", "sinfo": "exit 1"}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+
+    done = _launch(folder, "--slurm", PATH=f"{programs}:/usr/bin:/bin")
+
+    assert done.returncode == 5
+    assert "sbatch failed with exit code 1\n  no such partition" in done.stderr
+    assert [path for path in (folder / "runs").rglob("*") if path.is_file()] == []
 
 
 def test_a_shell_on_a_node_of_the_job_is_told_of_srun(folder: Path) -> None:

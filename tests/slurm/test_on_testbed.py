@@ -384,6 +384,7 @@ def test_a_sweep_is_an_array_whose_jobs_take_one_plan_each(
     source.write_text('import os, sys; open(sys.argv[1], "w").write(os.environ["BIGTRAIN_PLAN"])\n')
     plans = [
         make_plan(
+            name=f"trial/{k}",
             output_dir=tmp_path / f"out{k}",
             source=source,
             script_args=(str(tmp_path / f"done{k}"),),
@@ -398,6 +399,11 @@ def test_a_sweep_is_an_array_whose_jobs_take_one_plan_each(
         bed.wait_for(f"{taken.job_id}_{k}", "COMPLETED")
         expected = str(tmp_path / f"out{k}" / "plans" / "attempt-01.json")
         assert (tmp_path / f"done{k}").read_text() == expected
+    listed = list_jobs(environment={"XDG_STATE_HOME": str(tmp_path)}, ended=True)
+    assert [(job.job_id, job.name, job.state, job.output_dir) for job in listed] == [
+        (f"{taken.job_id}_{k}", f"trial/{k}", "COMPLETED", str(tmp_path / f"out{k}"))
+        for k in range(2)
+    ]
 
 
 def _agents(run: Run) -> dict[int, int]:

@@ -66,6 +66,27 @@ def test_all_faults_are_told_at_once_with_their_place_and_the_fix() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "good", "bad"),
+    [
+        (
+            "time",
+            ("90", "90:30", "24:00:00", "1-12", "1-12:30", "7-00:00:00", "UNLIMITED"),
+            ("24hours", "1d", "24:00:00:00", "1-", "a day"),
+        ),
+        ("signal", ("USR2@600", "12@60", "USR1", "R:USR2@60"), ("B:USR2@60", "USR2@10m")),
+    ],
+)
+def test_a_form_that_sbatch_would_misread_is_refused(
+    option: str, good: tuple[str, ...], bad: tuple[str, ...]
+) -> None:
+    for text in good:
+        assert read_options({option: text}, origins={}) == {option: text}
+    for text in bad:
+        with pytest.raises(ConfigError, match=f"slurm.{option}: '{text}' is not .*, as in "):
+            read_options({option: text}, origins={})
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("qos=high", ("qos", "high")),

@@ -53,6 +53,7 @@ CASES = {
         container_image="docker://pytorch#x",
         container_mounts="/data:/data",
     ),
+    "spare": request(plan(), spare_nodes=1),
     "sweep": dataclasses.replace(
         request(plan()),
         plans=(plan(), plan(output_dir=Path("/data/two"))),

@@ -233,23 +233,35 @@ def test_a_lost_node_is_named_and_the_run_goes_on_from_the_last_checkpoint(
 
 
 @pytest.mark.slow
-def test_with_a_spare_node_the_run_goes_on_within_the_allocation(
-    own_bed: Testbed, tmp_path: Path
+@pytest.mark.parametrize("how", ["link", "agent"])
+def test_with_a_spare_node_the_run_goes_on_and_ends_within_the_allocation(
+    own_bed: Testbed, tmp_path: Path, how: str
 ) -> None:
-    steps = ("--set", "training.max_steps=4000", "--set", "training.save_steps=5")
+    steps = ("--set", "training.max_steps=1000", "--set", "training.save_steps=5")
     run = _run(own_bed, tmp_path).submit("--nodes", "3", "--sbatch", "spare_nodes=1", *steps)
     run.wait_for_step(7)
-    own_bed.set_link(1, up=False)
-    limit = time.monotonic() + 240
-    while "going on from" not in run.text():
-        assert time.monotonic() < limit, run.text()
-        time.sleep(0.5)
-    reached = max(run.losses())
-    run.wait_for_step(reached + 1)
-    job = own_bed.job(run.job_id)
-    assert (job["JobState"], job["Restarts"]) == ("RUNNING", "0")
-    assert "going on without node1" in run.text()
-    run.bigtrain("cancel", "tiny")
+    lose: Callable[[], Any] = {
+        "link": lambda: own_bed.set_link(1, up=False),
+        "agent": lambda: os.kill(_agent(run, "node1"), signal.SIGKILL),
+    }[how]
+    lose()
+    run.ended("COMPLETED", timeout_s=240)
+    text = run.text()
+    assert own_bed.job(run.job_id)["Restarts"] == "0"
+    assert "4 nodes met at" in text and "1 of them spare" in text
+    assert text.count("node1 vanished") == 1
+    (going_on,) = re.findall(r"going on without node1, with node3\n", text)
+    assert re.search(r"going on from .*checkpoint-\d+", text.partition(going_on)[2]), text
+    assert "step 1000/1000" in text
+    hosts = {path.name for path in (tmp_path / "out" / "logs" / "attempt-02").iterdir()}
+    assert hosts == {"node-000-node0", "node-001-node3", "node-002-node2"}
+
+
+def _agent(run: Run, host: str) -> int:
+    (log,) = (run.folder / "out").glob(f"logs/attempt-01/*-{host}/agent.log")
+    (server,) = re.findall(r"fork server is pid (\d+)", log.read_text())
+    stat = Path(f"/proc/{server}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[1])
 
 
 OTHER_WAYS = """\

@@ -1,0 +1,72 @@
+"""`bigtrain logs`, by every way to name a run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from bigtrain.cli import app
+from bigtrain.errors import ConfigError
+from bigtrain.run_commands import _output_dir
+from bigtrain.slurm.record import SubmissionRecord, remember
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path
+
+
+def _run(folder: Path, place: str) -> None:
+    logs = folder / place / "logs" / "attempt-01" / "node-000-node0"
+    logs.mkdir(parents=True)
+    (logs / "rank-00000.log").write_text("2026-01-31 12:00:00,000 hello\n")
+
+
+def test_a_local_run_is_found_by_its_name_its_directory_and_its_run_file(folder: Path) -> None:
+    _run(folder, "runs/tiny")
+    (folder / "tiny.yaml").write_text("model: {config: {model_type: llama}}\n")
+    for named in ("tiny", "runs/tiny", "tiny.yaml"):
+        done = CliRunner().invoke(app, ["logs", named])
+        assert done.output == "[node0:0] 2026-01-31 12:00:00,000 hello\n"
+
+
+def test_a_run_file_with_a_directory_of_its_own_leads_there(folder: Path) -> None:
+    _run(folder, "elsewhere")
+    (folder / "run.yaml").write_text("output_dir: elsewhere\n")
+    assert _output_dir("run.yaml") == Path("elsewhere")
+
+
+def test_a_sweep_is_asked_which_of_its_runs_is_meant(folder: Path) -> None:
+    places = [str(folder / f"seed={k}") for k in (1, 2)]
+    record = SubmissionRecord(
+        name="tiny",
+        output_dir=places[0],
+        script="job.sbatch",
+        script_sha256="",
+        source="run.yaml",
+        source_sha256="",
+        code=None,
+        snapshot=None,
+        nodes=1,
+        submitted=time.time(),
+        job_id="12",
+        sweep=(("tiny/seed=1", places[0]), ("tiny/seed=2", places[1])),
+    )
+    record.write(folder / "attempt-01.json")
+    assert json.loads((folder / "attempt-01.json").read_text())["sweep"][1][1] == places[1]
+    remember(record, folder / "attempt-01.json", environment={"XDG_STATE_HOME": "state"})
+    assert _output_dir("12_1") == Path(places[1])
+    assert _output_dir("tiny/seed=1") == Path(places[0])
+    with pytest.raises(ConfigError, match=r"12 is a sweep; .* 12_0 \(tiny/seed=1\), 12_1"):
+        _output_dir("12")
+
+
+def test_what_is_no_run_is_refused_with_all_that_was_looked_for() -> None:
+    with pytest.raises(ConfigError, match="nothing is neither a run file, nor a run's output"):
+        _output_dir("nothing")
