@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.plan import PLAN_VARIABLE, RunPlan, write_plan
 from bigtrain.topology import RankInfo, Topology
 from bigtrain.translate.config import DdpSettings, EngineConfig, EngineSettings, SingleSettings
@@ -115,3 +116,69 @@ def test_ranks_leave_together_when_one_was_told(tmp_path: Path) -> None:
     assert results[0] == results[1] == (85, 3)
     manifest = json.loads((tmp_path / "checkpoint-3" / "manifest.json").read_text())
     assert manifest["world_size"] == 2
+
+
+class SignalsWhileLoading(Sentences):
+    """Sends its process a signal when the first row is asked for."""
+
+    def __init__(self, count: int, number: int) -> None:
+        super().__init__(count)
+        self.number = number
+
+    def __getitem__(self, index: int) -> Any:
+        if not self.loaded:
+            os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+def _signal_at_every_sync(number: int) -> None:
+    """From now on whatever is synced to the disk here, in threads and children too, sends the
+    signal to this process once more."""
+    pid, fsync = os.getpid(), os.fsync
+
+    def noisy(descriptor: Any) -> None:
+        os.kill(pid, number)
+        fsync(descriptor)
+
+    os.fsync = noisy  # type: ignore[assignment]
+
+
+def _signalled_in(world: RankInfo, folder: str, plan: str) -> dict[str, tuple[Any, int]]:
+    """Moment → exit code and steps done, of runs in which rank 1 alone gets a signal then."""
+    os.environ[PLAN_VARIABLE] = plan
+    is_told = world.rank == 1
+    loading = SignalsWhileLoading(64, signal.SIGUSR1) if is_told else Sentences(64)
+    evaluating = {
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_dataset": Sentences(40),
+        "per_device_eval_batch_size": 2,
+    }
+    runs: dict[str, dict[str, Any]] = {
+        "evaluation": {"callbacks": [SignalsAt(signal.SIGTERM)] if is_told else [], **evaluating},
+        "first batch": {"data": loading},
+        "save": {"callbacks": [SignalsAt(signal.SIGTERM, step=2)]},
+    }
+    found = {}
+    for moment, fields in runs.items():
+        if moment == "save":
+            _signal_at_every_sync(signal.SIGUSR2)
+        run = trainer(f"{folder}/{moment}", **{"data": Sentences(64), **fields})
+        try:
+            run.train()
+            found[moment] = (0, run.state.global_step)
+        except SystemExit as left:
+            found[moment] = (left.code, run.state.global_step)
+    return found
+
+
+def test_a_signal_in_an_evaluation_the_first_batch_or_a_save_leaves_a_whole_checkpoint(
+    tmp_path: Path,
+) -> None:
+    results = run_ranks(2, _signalled_in, str(tmp_path), str(make_plan(tmp_path, ranks=2)))
+    assert results[0] == results[1]
+    codes = {moment: code for moment, (code, _) in results[0].items()}
+    assert codes == {"evaluation": 143, "first batch": 85, "save": 143}
+    for moment, (_, step) in results[0].items():
+        assert step <= 3, moment
+        verify_checkpoint(tmp_path / moment / f"checkpoint-{step}", deep=True)
