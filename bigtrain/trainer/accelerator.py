@@ -16,12 +16,14 @@ from accelerate.state import GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bigtrain.engine.protocol import Engine
 from bigtrain.topology import RankInfo
 from bigtrain.trainer import collectives
+
+_WRAPPERS = (DistributedDataParallel, DataParallel)
 
 
 class Accelerator:
@@ -116,7 +118,7 @@ class Accelerator:
         # accelerate's own imports deepspeed to ask whether it is one of its engines.
         compiled: Any = model if is_compiled_module(model) else None
         inner: Any = compiled._orig_mod if compiled is not None else model
-        while isinstance(inner, DistributedDataParallel) or _is_deepspeed_engine(inner):
+        while isinstance(inner, _WRAPPERS) or _is_deepspeed_engine(inner):
             inner = inner.module
         if compiled is None or not keep_torch_compile:
             return inner  # type: ignore[no-any-return]

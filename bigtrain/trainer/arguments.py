@@ -254,8 +254,10 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         return Path(self.logging_dir) if self.logging_dir is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # `training_args.bin` is opened on other machines: the place in this run stays out.
+        # `training_args.bin` is opened on other machines: the place in this run stays out,
+        # and so does a secret.
         state = dict(self.__dict__)
         for name in ("_ranks", "_setup_devices", "_n_gpu"):
             state.pop(name, None)
+        state["hub_token"] = None
         return state

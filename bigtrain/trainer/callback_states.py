@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import transformers
 from transformers.trainer_callback import TrainerControl
 
-from bigtrain.trainer.core import TrainerCore
-
-# What transformers' Trainer says too comes under its name: people look, and filter, there.
-their_logger = transformers.logging.get_logger("transformers.trainer")
+from bigtrain.trainer.core import TrainerCore, their_logger
 
 
 class CallbackStates(TrainerCore):

@@ -45,6 +45,8 @@ from bigtrain.trainer.stopping import StopFlag
 from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, FsdpSettings
 
 logger = logging.getLogger(__name__)
+# What transformers' Trainer says too comes under its name: people look, and filter, there.
+their_logger = transformers.logging.get_logger("transformers.trainer")
 
 
 class TrainerCore:
@@ -190,6 +192,7 @@ class TrainerCore:
         self._original_dtypes = introspection.original_dtypes(model)
         facts = introspection.inspect_model(model)
         self.model_accepts_loss_kwargs = facts.accepts_loss_kwargs
+        self._watches_count = facts.accepts_loss_kwargs and not facts.declares_loss_kwargs
         self.can_return_loss = facts.can_return_loss
         self._loss_shifts_labels = facts.loss_shifts_labels
         self.label_names = self.args.label_names or facts.label_names

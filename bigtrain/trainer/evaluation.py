@@ -27,12 +27,32 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
+from bigtrain.errors import BigtrainError
 from bigtrain.trainer.prediction import Prediction
 from bigtrain.trainer.reporting import Reporting
 
 logger = logging.getLogger(__name__)
 
 _PADDING = -100
+# What every evaluation has.
+_OWN_METRICS = (
+    "loss",
+    "runtime",
+    "samples_per_second",
+    "steps_per_second",
+    "model_preparation_time",
+)
+
+
+class UnknownMetricError(BigtrainError, KeyError, ValueError):
+    """The best model is asked for by a metric that no evaluation has."""
+
+    def __init__(self, name: str, known: list[str]) -> None:
+        super().__init__(
+            f"The `metric_for_best_model` training argument is set to '{name}', which is not "
+            f"found in the evaluation metrics. The available evaluation metrics are: {known}. "
+            "Consider changing the `metric_for_best_model` via the TrainingArguments."
+        )
 
 
 @dataclass(kw_only=True)
@@ -306,16 +326,27 @@ class Evaluation(Prediction, Reporting):
             self.lr_scheduler.step(self._watched_metric(metrics))
         return metrics
 
-    def _watched_metric(self, metrics: dict[str, float]) -> float:
+    def _watched_name(self) -> str:
         name = str(self.args.metric_for_best_model)
-        name = name if name.startswith("eval_") else f"eval_{name}"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    def _check_metric_name(self, *, is_overridden: bool) -> None:
+        """Refuse at construction a metric that no evaluation can have: without `compute_metrics`
+        its metrics are known. UnknownMetricError."""
+        args = self.args
+        watches = args.metric_for_best_model is not None and args.eval_strategy != "no"
+        if not watches or self.compute_metrics is not None or is_overridden:
+            return
+        sets = self.eval_dataset
+        prefixes = [f"eval_{name}" for name in sets] if isinstance(sets, dict) else ["eval"]
+        known = [f"{prefix}_{metric}" for prefix in prefixes for metric in _OWN_METRICS]
+        if self._watched_name() not in known and args.skip_memory_metrics:
+            raise UnknownMetricError(self._watched_name(), known)
+
+    def _watched_metric(self, metrics: dict[str, float]) -> float:
+        name = self._watched_name()
         if name not in metrics:
-            raise KeyError(
-                f"The `metric_for_best_model` training argument is set to '{name}', which is not "
-                f"found in the evaluation metrics. The available evaluation metrics are: "
-                f"{list(metrics.keys())}. Consider changing the `metric_for_best_model` via the "
-                "TrainingArguments."
-            )
+            raise UnknownMetricError(name, list(metrics))
         return metrics[name]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any = None) -> bool:

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import unwrap_peft_model
 from transformers.training_args import OptimizerNames
 
+from bigtrain.trainer.items import WatchedCount
 from bigtrain.trainer.optimization import Optimization
 
 logger = logging.getLogger(__name__)
@@ -78,9 +79,7 @@ class Forward(Optimization):
         takes_labels = self.label_smoother is not None or self.compute_loss_func is not None
         if takes_labels and "labels" in inputs:
             labels = inputs.pop("labels")
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
-        outputs = model(**inputs)
+        outputs = self._outputs_of(model, inputs, num_items_in_batch, is_models_loss=labels is None)
         loss = self._loss_of(outputs, labels, inputs, num_items_in_batch)
         counts_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if (
@@ -92,6 +91,34 @@ class Forward(Optimization):
             # The engine averages over ranks; items were counted over all of them.
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
+
+    def _outputs_of(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items: Tensor | int | None,
+        *,
+        is_models_loss: bool,
+    ) -> Any:
+        """What the model makes of a micro-batch, told of the window's items where it takes them.
+
+        The first time it is watched whether it does: see `items`.
+        """
+        if not self.model_accepts_loss_kwargs or num_items is None:
+            return model(**inputs)
+        if not (self._watches_count and is_models_loss) or self.args.torch_compile:
+            return model(**inputs, num_items_in_batch=num_items)
+        count = WatchedCount.of(num_items)
+        outputs = model(**inputs, num_items_in_batch=count)
+        self._watches_count = False
+        if not count.was_used:
+            self.model_accepts_loss_kwargs = False
+            logger.warning(
+                "%s takes num_items_in_batch and leaves its loss a mean: losses are averaged over "
+                "micro-batches and ranks",
+                type(self.model).__name__,
+            )
+        return outputs
 
     def _loss_of(
         self, outputs: Any, labels: Any, inputs: dict[str, Any], num_items: Tensor | int | None

@@ -20,6 +20,8 @@ class ModelFacts:
 
     accepts_loss_kwargs: bool
     """True where `forward` takes `num_items_in_batch` and normalises its loss by it."""
+    declares_loss_kwargs: bool
+    """True where the model itself says so; else it follows from a `**kwargs`."""
     label_names: list[str]
     can_return_loss: bool
     loss_shifts_labels: bool
@@ -33,6 +35,7 @@ def inspect_model(model: nn.Module) -> ModelFacts:
     loss = LOSS_MAPPING.get(str(getattr(base, "loss_type", None)))
     return ModelFacts(
         accepts_loss_kwargs=_accepts_loss_kwargs(base),
+        declares_loss_kwargs=getattr(base, "accepts_loss_kwargs", None) is not None,
         label_names=find_labels(base.__class__),
         can_return_loss=bool(can_return_loss(base.__class__)),
         loss_shifts_labels=loss is ForCausalLMLoss and not is_encoder_decoder,

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import (
@@ -26,6 +25,7 @@ from transformers.trainer_utils import (
 )
 
 from bigtrain.trainer import preparation, sharding
+from bigtrain.trainer.core import their_logger
 from bigtrain.trainer.evaluation import Evaluation
 from bigtrain.trainer.hub import Hub
 from bigtrain.trainer.hyperparameters import HyperparameterSearch
@@ -34,8 +34,6 @@ from bigtrain.trainer.schedule import Schedule
 from bigtrain.trainer.stopping import StopRequestedError
 
 logger = logging.getLogger(__name__)
-# What transformers' Trainer says too comes under its name: people look, and filter, there.
-their_logger = transformers.logging.get_logger("transformers.trainer")
 
 
 class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
@@ -117,7 +115,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
             checkpoint = None
             if self.control.should_training_stop:
                 break
-        return self._end_training(schedule, start_time)
+        return self._finalize_training(trial, schedule.num_train_samples, start_time)
 
     def _epochs_to_do(self, schedule: Schedule, checkpoint: Path | None) -> range:
         if checkpoint is not None and self.state.global_step >= schedule.max_steps:
@@ -330,14 +328,17 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         self.callback_handler.train_dataloader = loader
         return checkpoint
 
-    def _end_training(self, schedule: Schedule, start_time: float) -> TrainOutput:
+    def _finalize_training(
+        self, trial: Any, num_train_samples: float, start_time: float
+    ) -> TrainOutput:
+        # By this name the memory tracker knows which stage of a training it measures.
         self._total_loss_scalar += self._tr_loss.item()
         steps = self.state.global_step - self._initial_global_step
         train_loss = self._total_loss_scalar / max(steps, 0.001)
         metrics = speed_metrics(
             "train",
             start_time,
-            num_samples=schedule.num_train_samples * steps / max(self.state.max_steps, 1),
+            num_samples=num_train_samples * steps / max(self.state.max_steps, 1),
             num_steps=steps,
         )
         self.store_flos()
@@ -349,6 +350,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self._keep_only_best()
+        self._finish_current_push()
         self._fire("on_train_end")
         return TrainOutput(self.state.global_step, train_loss, metrics)
 

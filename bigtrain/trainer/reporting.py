@@ -12,7 +12,7 @@ from transformers.trainer_pt_utils import log_metrics, metrics_format, save_metr
 from transformers.trainer_utils import speed_metrics
 
 from bigtrain.trainer import collectives
-from bigtrain.trainer.core import TrainerCore
+from bigtrain.trainer.core import TrainerCore, their_logger
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,10 @@ class Reporting(TrainerCore):
             pad = getattr(self.processing_class, "pad_token_id", None)
             if pad is not None:
                 return int((tokens != pad).sum())
-            logger.warning("padding is unknown: all tokens are counted")
+            their_logger.warning(
+                "Could not determine method to count non-padding tokens, falling back to counting "
+                "all tokens."
+            )
         return tokens.numel()
 
 

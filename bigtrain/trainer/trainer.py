@@ -86,8 +86,10 @@ class Trainer(Loop):
         self.label_smoother = self._make_label_smoother()
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
         self._validate_args()
+        self._check_metric_name(is_overridden=bool(callbacks) or self._evaluates_otherwise())
         self._set_up_callbacks(callbacks)
         self._make_output_dir()
+        self._open_repository()
         self._start_without_training()
         self._fire("on_init_end")
         self._memory_tracker.stop_and_update_metrics()
@@ -184,6 +186,13 @@ class Trainer(Loop):
                 "`args.metric_for_best_model` must be provided when using 'best' save_strategy or "
                 "if `args.load_best_model_at_end` is set to `True`."
             )
+
+    def _evaluates_otherwise(self) -> bool:
+        """Whether a subclass may add metrics of its own."""
+        names = ("evaluate", "_evaluate", "evaluation_loop", "prediction_loop", "log")
+        return any(
+            getattr(type(self), name, None) is not getattr(Trainer, name, None) for name in names
+        )
 
     def _check_optimizers(self) -> None:
         if self.optimizer_cls_and_kwargs is not None and self.optimizer is not None:

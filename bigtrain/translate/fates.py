@@ -51,7 +51,7 @@ _EVALUATION = _loop("how evaluation runs")
 _BEST = _loop("which checkpoint is the best")
 _REPORTING = _loop("transformers' reporting callbacks")
 _MODEL_PATCH = _loop("applied to the model before the engine takes it")
-_HUB = _no_effect("only push_to_hub reads it")
+_HUB = _loop("what push_to_hub uploads, and where to")
 _DDP_ONLY = _no_effect("only ddp reads it")
 
 FATES: Mapping[str, Rule] = {
@@ -157,9 +157,7 @@ FATES: Mapping[str, Rule] = {
     "greater_is_better": _BEST,
     "ignore_data_skip": _loop("where the data goes on after a resume"),
     "restore_callback_states_from_checkpoint": _loop("what a resume restores"),
-    "push_to_hub": _refused(
-        "training uploads nothing; save the model and upload it with `hf upload`"
-    ),
+    "push_to_hub": _loop("the main process uploads by huggingface_hub; sharded weights at the end"),
     "hub_token": _HUB,
     "hub_private_repo": _HUB,
     "hub_model_id": _HUB,

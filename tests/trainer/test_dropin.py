@@ -21,8 +21,6 @@ NOT_IN_OUR_LOOP = {
     "_build_accelerator_args",
     "_clip_grad_norm",
     "_defer_fsdp_gradient_reduction",
-    "_finalize_training",
-    "_finish_current_push",
     "_get_grad_norm",
     "_has_mixed_mesh_grads",
     "_init_training_state",
@@ -33,7 +31,6 @@ NOT_IN_OUR_LOOP = {
     "_mixed_mesh_grad_norm",
     "_prepare_context_parallel_inputs",
     "_prepare_for_training",
-    "_push_from_checkpoint",
     "_run_epoch",
     "_save_optimizer_and_scheduler",
     "_save_rng_state",
@@ -99,13 +96,6 @@ def test_an_override_that_is_never_called_is_said_at_construction(tmp_path: Path
 
     with pytest.warns(UserWarning, match=r"Own overrides _wrap_model, which .* never calls"):
         Own(model=Regression(), args=arguments(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["push_to_hub", "init_hf_repo"])
-def test_uploads_are_refused_with_what_to_do_instead(tmp_path: Path, name: str) -> None:
-    run = trainer(tmp_path, model=Regression(), data=Points(4))
-    with pytest.raises(UnsupportedError, match=f"{name}: .*hf upload"):
-        getattr(run, name)()
 
 
 def test_a_model_card_tells_of_the_training(tmp_path: Path) -> None:

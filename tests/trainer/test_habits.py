@@ -293,3 +293,25 @@ def test_end_can_be_called_when_all_is_done(tmp_path: Path) -> None:
     run = regression(tmp_path, max_steps=1)
     run.train()
     run.end()
+
+
+def test_memory_metrics_come_with_every_stage_when_they_are_asked_for(tmp_path: Path) -> None:
+    run = regression(tmp_path, skip_memory_metrics=False, num_train_epochs=1)
+    trained = run.train().metrics
+    assert {"init_mem_cpu_alloc_delta", "train_mem_cpu_alloc_delta"} <= set(trained)
+    assert "eval_mem_cpu_peaked_delta" in run.evaluate()
+    assert "test_mem_cpu_alloc_delta" in run.predict(Points(4)).metrics
+    assert not [key for key in regression(tmp_path).evaluate() if "_mem_" in key]
+
+
+def test_a_model_is_found_in_any_wrapper_of_torchs(tmp_path: Path) -> None:
+    run = regression(tmp_path)
+    assert run.accelerator.unwrap_model(nn.DataParallel(run.model)) is run.model
+
+
+def test_padding_that_can_not_be_told_is_said_where_people_look(tmp_path: Path) -> None:
+    run = trainer(tmp_path, include_num_input_tokens_seen="non_padding", max_steps=1)
+    with CaptureLogger(transformers.logging.get_logger("transformers.trainer")) as said:
+        run.train()
+    assert "Could not determine method to count non-padding tokens" in said.out
+    assert run.state.num_input_tokens_seen == 4 * 16

@@ -13,7 +13,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
-from bigtrain.errors import ConfigError, UnsupportedError
+from bigtrain.errors import ConfigError
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.trainer import Trainer
 from tests.trainer.samples import Points, Regression, Sentences, Stream, arguments, losses, trainer
@@ -161,7 +161,6 @@ def test_a_plain_loader_from_an_override_is_used_as_it_is(tmp_path: Path) -> Non
             TypeError,
             "processing_class",
         ),
-        (lambda out: trainer(out, push_to_hub=True), UnsupportedError, "push_to_hub"),
         (lambda out: trainer(out, fp16=True, fp16_opt_level="O2"), ConfigError, "O2"),
     ],
 )
@@ -172,16 +171,34 @@ def test_wrong_use_is_refused_at_construction(
         make(tmp_path)
 
 
+WATCHING = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "f1",
+}
+
+
+@pytest.mark.parametrize("kind", [KeyError, ValueError])
+def test_a_metric_that_can_not_exist_is_named_at_construction(
+    tmp_path: Path, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=r"eval_f1.*eval_loss"):
+        trainer(tmp_path, eval_dataset=Sentences(4), **WATCHING)
+    sets = {"seen": Sentences(4), "unseen": Sentences(4)}
+    with pytest.raises(kind, match=r"eval_f1.*eval_seen_loss.*eval_unseen_loss"):
+        trainer(tmp_path, eval_dataset=sets, **WATCHING)
+    trainer(tmp_path, eval_dataset=sets, **{**WATCHING, "metric_for_best_model": "unseen_loss"})
+
+
 def test_a_metric_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path) -> None:
     run = trainer(
         tmp_path,
         eval_dataset=Sentences(4),
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="f1",
+        compute_metrics=lambda found: {"accuracy": 0.5},
+        **WATCHING,
     )
-    with pytest.raises(KeyError, match=r"eval_f1.*eval_loss"):
+    with pytest.raises(KeyError, match=r"eval_f1.*eval_accuracy.*eval_loss"):
         run.train()
 
 

@@ -49,7 +49,7 @@ def test_a_field_that_is_new_in_transformers_is_refused_once_it_is_set() -> None
 
 
 def test_what_no_engine_supports_is_refused_by_name_with_its_origin() -> None:
-    values = {"push_to_hub": True, "parallelism_config": {"tp_size": 2}}
+    values = {"use_ipex": True, "parallelism_config": {"tp_size": 2}}
 
     with pytest.raises(UnsupportedError) as raised:
         translate(
@@ -57,14 +57,14 @@ def test_what_no_engine_supports_is_refused_by_name_with_its_origin() -> None:
             engine="single",
             topology=topology_for("single"),
             device="cpu",
-            origins={"training.push_to_hub": "run.yaml:7"},
+            origins={"training.use_ipex": "run.yaml:7"},
         )
 
     assert raised.value.faults == (
-        "run.yaml:7: training.push_to_hub: not supported: training uploads nothing; save the "
-        "model and upload it with `hf upload`",
         "training.parallelism_config: not supported: only data parallelism is supported; leave "
         "it out",
+        "run.yaml:7: training.use_ipex: not supported: bigtrain does not drive Intel's extension; "
+        "leave it out and use bf16: true, for which PyTorch has Intel's kernels itself",
     )
 
 
