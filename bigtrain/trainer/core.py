@@ -192,6 +192,7 @@ class TrainerCore:
         self._original_dtypes = introspection.original_dtypes(model)
         facts = introspection.inspect_model(model)
         self.model_accepts_loss_kwargs = facts.accepts_loss_kwargs
+        self._ignores_count = False  # until a step has shown it
         self._watches_count = facts.accepts_loss_kwargs and not facts.declares_loss_kwargs
         self.can_return_loss = facts.can_return_loss
         self._loss_shifts_labels = facts.loss_shifts_labels

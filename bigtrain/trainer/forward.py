@@ -79,12 +79,14 @@ class Forward(Optimization):
         takes_labels = self.label_smoother is not None or self.compute_loss_func is not None
         if takes_labels and "labels" in inputs:
             labels = inputs.pop("labels")
-        outputs = self._outputs_of(model, inputs, num_items_in_batch, is_models_loss=labels is None)
+        is_models_loss = labels is None
+        outputs = self._outputs_of(model, inputs, num_items_in_batch, is_models_loss=is_models_loss)
         loss = self._loss_of(outputs, labels, inputs, num_items_in_batch)
         counts_items = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
         if (
             self.args.average_tokens_across_devices
             and counts_items
+            and not (self._ignores_count and is_models_loss)
             and num_items_in_batch is not None
             and self.accelerator.num_processes > 1
         ):
@@ -110,13 +112,14 @@ class Forward(Optimization):
             return model(**inputs, num_items_in_batch=num_items)
         count = WatchedCount.of(num_items)
         outputs = model(**inputs, num_items_in_batch=count)
-        self._watches_count = False
-        if not count.was_used:
-            self.model_accepts_loss_kwargs = False
+        self._watches_count, self._ignores_count = False, not count.was_used
+        if self._ignores_count and self.args.gradient_accumulation_steps > 1:
             logger.warning(
-                "%s takes num_items_in_batch and leaves its loss a mean: losses are averaged over "
-                "micro-batches and ranks",
+                "%s takes num_items_in_batch and leaves its loss a mean: as with transformers' "
+                "Trainer, the losses of a step's %d micro-batches are added up; say "
+                "`model.accepts_loss_kwargs = False` for their mean",
                 type(self.model).__name__,
+                self.args.gradient_accumulation_steps,
             )
         return outputs
 

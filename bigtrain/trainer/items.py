@@ -1,7 +1,7 @@
 """Whether a model's loss is divided by `num_items_in_batch`, or only said to take it.
 
 A `forward(**kwargs)` swallows the count without a word. T5's loss, for one, stays the mean of its
-own micro-batch; taken for normalised, it would be added up over micro-batches and ranks.
+own micro-batch; taken for normalised, it would be multiplied by the number of ranks.
 """
 
 from __future__ import annotations
