@@ -41,6 +41,8 @@ class Meeting:
     seconds: float
     head_cpu_s: float
     """Of the first node's process: the agents have processes of their own."""
+    agents_cpu_s: float
+    """Of all other agents together; on a cluster each has a machine for its share."""
 
 
 def main() -> None:
@@ -78,6 +80,7 @@ def _repeat(times: int, measure: Callable[[int], Meeting], agents: int) -> dict[
         "min": min(seconds),
         "max": max(seconds),
         "head_cpu": statistics.median(meeting.head_cpu_s for meeting in meetings),
+        "agents_cpu": statistics.median(meeting.agents_cpu_s for meeting in meetings),
     }
 
 
@@ -88,7 +91,8 @@ def _show(row: dict[str, Any]) -> None:
             times = row[name]
             parts.append(
                 f"{label} {times['median']:.3f} s ({times['min']:.3f}-{times['max']:.3f}), "
-                f"of the first node {times['head_cpu']:.3f}"
+                f"cpu of the first node {times['head_cpu']:.3f}, of the others "
+                f"{times['agents_cpu']:.3f}"
             )
     print("  ".join(parts), flush=True)
 
@@ -152,9 +156,10 @@ def _run(agents: int, *, agent: Callable[[int], None], head: Callable[[], object
     context = multiprocessing.get_context("fork")
     shares = [range(1 + k, agents, _PROCESSES) for k in range(min(_PROCESSES, agents - 1))]
     ready, done = context.Semaphore(0), context.Semaphore(0)
+    used_by_agents = context.Value("d", 0.0)
     go, leave = context.Event(), context.Event()
     workers = [
-        context.Process(target=_agents, args=(share, agent, ready, go, done, leave))
+        context.Process(target=_agents, args=(share, agent, ready, go, done, leave, used_by_agents))
         for share in shares
     ]
     for worker in workers:
@@ -181,11 +186,17 @@ def _run(agents: int, *, agent: Callable[[int], None], head: Callable[[], object
         for connection in (kept.listener, *kept.connections.values()):
             if connection is not None:
                 connection.close()
-    return Meeting(seconds=seconds, head_cpu_s=head_cpu_s)
+    return Meeting(seconds=seconds, head_cpu_s=head_cpu_s, agents_cpu_s=used_by_agents.value)
 
 
 def _agents(
-    ranks: range, agent: Callable[[int], None], ready: Any, go: Any, done: Any, leave: Any
+    ranks: range,
+    agent: Callable[[int], None],
+    ready: Any,
+    go: Any,
+    done: Any,
+    leave: Any,
+    used_by_agents: Any,
 ) -> None:
     threading.stack_size(_STACK_BYTES)
     failures: list[BaseException] = []
@@ -203,9 +214,12 @@ def _agents(
         thread.start()
     ready.release()
     go.wait()
+    used = time.process_time()
     start.set()
     for thread in threads:
         thread.join()
+    with used_by_agents.get_lock():
+        used_by_agents.value += time.process_time() - used
     done.release()
     leave.wait()
     if failures:

@@ -257,7 +257,7 @@ def _on_this_machine_of_several(launch: Launch) -> int:
         num_nodes=number,
         host=platform.node(),
         job=endpoint,
-        token=hashlib.sha256(f"{endpoint} {launch.request.target} {secret}".encode()).digest(),
+        token=hashlib.sha256(f"{endpoint} {secret}".encode()).digest(),
         head_names=(host,),
         port=port,
     )

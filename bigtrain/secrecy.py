@@ -34,9 +34,10 @@ _ENDINGS = ("APIKEY", "CREDENTIAL", "CREDENTIALS", "PASSPHRASE", "PASSWD", "PASS
 _MAYBE_ENDINGS = ("SECRET", "TOKEN")
 _NOT_SECRET = frozenset({"PWD", "OLDPWD"})  # the shell's working directories
 # How services begin their tokens; what follows is random.
-_TOKEN = re.compile(
-    r"(?:hf_|sk-|ghp_|gho_|ghs_|github_pat_|glpat-|xox[abp]-|AKIA|eyJ)[\w.-]{12,}|[0-9a-f]{40}"
+_SERVICES_TOKEN = re.compile(
+    r"\b(?:hf_|sk-|ghp_|gho_|ghs_|github_pat_|glpat-|xox[abp]-|AKIA|eyJ)[\w.-]{12,}"
 )
+_TOKEN = re.compile(rf"{_SERVICES_TOKEN.pattern}|[0-9a-f]{{40}}")
 _RANDOM = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w.+=~-]{16,}")
 
 
@@ -46,6 +47,11 @@ def looks_secret(variable: str) -> bool:
         word in _ALWAYS | _MAYBE or word.endswith(_ENDINGS + _MAYBE_ENDINGS)
         for word in _words(variable)
     )
+
+
+def holds_token(text: str) -> bool:
+    """Whether a service's token stands somewhere in a text, such as a command of a shell's."""
+    return _SERVICES_TOKEN.search(text) is not None
 
 
 def argument_faults(arguments: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -20,7 +21,13 @@ from bigtrain.cluster.fork_client import ForkServer, Preloaded
 from bigtrain.cluster.layout import NodeLogs
 from bigtrain.cluster.rank import RankJob
 from bigtrain.cluster.signals import SignalInbox
-from bigtrain.cluster.supervisor import STOP_AND_RESUME, LiveRank, Outcome, Supervisor
+from bigtrain.cluster.supervisor import (
+    STOP_AND_RESUME,
+    STOP_GRACE_S,
+    LiveRank,
+    Outcome,
+    Supervisor,
+)
 from bigtrain.console import Console, Event
 from bigtrain.errors import LaunchError
 from bigtrain.plan import RunPlan
@@ -53,6 +60,8 @@ class Agent:
             output_dir=plan.output_dir, attempt=plan.attempt, node_rank=node_rank, host=host
         )
         self._environment = environment.for_node(plan, inherited=inherited, logs=self._logs)
+        # In a step of Slurm's, KillWait and GraceTime say how long a save may take.
+        self._stop_grace_s = math.inf if "SLURM_STEP_ID" in inherited else STOP_GRACE_S
         self._server: ForkServer | None = None
         self.saved: str | None = None
         """The last checkpoint that the ranks have told of."""
@@ -146,6 +155,7 @@ class Agent:
                 say=self._say,
                 follower=follower,
                 is_futile=self._is_futile,
+                stop_grace_s=self._stop_grace_s,
             )
             outcome = supervisor.watch()
         server.forget_children()

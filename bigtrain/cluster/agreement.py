@@ -177,9 +177,10 @@ class StorageToken:
         self.path.write_text("the nodes of a run look for this file while they meet\n")
 
     def is_there(self) -> bool:
-        """Looked for by name in a fresh listing: network file systems remember what was missing."""
+        """By its name, which was never looked for before and so can't be remembered as missing, and
+        in a listing: network file systems remember one or the other."""
         try:
-            return self.path in self.path.parent.iterdir()
+            return self.path.exists() or self.path in self.path.parent.iterdir()
         except OSError:
             return False
 

@@ -163,9 +163,8 @@ class Lifeline:
             self._end_all(tell_self=False)
         with self._changed:
             self._wait_until(self._all_have_left)
-            for rank in self._others() - set(self._endings) - set(self._lost):
-                self._lost[rank] = self._seat.name_of(rank)
-                self._gone.add(rank)
+            for rank in self._others() - set(self._endings) - self._gone:
+                self._give_up(rank)
             verdict = judge(self._endings, self._lost)
             alive = {0, *self._connections} - self._gone
         following = conclude(verdict, alive)
@@ -196,10 +195,16 @@ class Lifeline:
             self._changed.wait(left)
 
     def _all_have_left(self) -> bool:
-        return self._others() <= set(self._endings) | set(self._lost)
+        return self._others() <= set(self._endings) | self._gone
 
     def _others(self) -> set[int]:
         return {rank for rank in self._places if rank != self._seat.node_rank}
+
+    def _give_up(self, rank: int) -> None:
+        """A node is gone, or does not end. What had failed before that is not its doing."""
+        self._gone.add(rank)
+        if not any(ending.failure for ending in self._endings.values()):
+            self._lost[rank] = self._seat.name_of(rank)
 
     def _start_over(self, places: Collection[int]) -> None:
         """A round begins, in which some may be lost from the start."""
@@ -278,11 +283,15 @@ class Lifeline:
 
     def _lose(self, rank: int) -> None:
         with self._changed:
-            self._gone.add(rank)
             has_mattered = rank in self._places or rank == 0
             if rank in self._endings or self._is_over or not has_mattered:
+                self._gone.add(rank)
                 return
-            self._lost[rank] = self._seat.name_of(rank)
+            if self._seat.node_rank == 0:
+                self._give_up(rank)
+            else:
+                self._lost[rank] = self._seat.name_of(rank)
+                self._gone.add(rank)
             self._changed.notify_all()
         if self._seat.node_rank == 0:
             self._end_all(tell_self=True)

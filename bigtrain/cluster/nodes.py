@@ -64,18 +64,18 @@ def launch(
     with _StopSignals() as signals:
         try:
             joined = _meet(plan, plan_path, seat=seat, console=console, again=again)
+            run = _NodeRun(
+                plan,
+                plan_path,
+                seat=seat,
+                joined=joined,
+                console=console,
+                inherited=inherited,
+                record=record,
+            )
+            signals.then(run.lifeline.hurry)
         except _StoppedError as stop:
             return stop.exit_code
-        run = _NodeRun(
-            plan,
-            plan_path,
-            seat=seat,
-            joined=joined,
-            console=console,
-            inherited=inherited,
-            record=record,
-        )
-        signals.then(run.lifeline.hurry)
         return run.run()
 
 

@@ -55,7 +55,8 @@ def local_addresses() -> list[LocalAddress]:
 def listening_addresses(expected: Sequence[str], *, interface: str | None) -> list[LocalAddress]:
     """Where the first node is to listen, best first: where the others will look, then the rest.
 
-    `expected` are addresses; when all of them are loopback's, nothing else is listened on.
+    `expected` are addresses; when all of them are the loopback's own, nothing else is listened on.
+    One such as 127.0.1.1, which Debian gives a machine's own name, says nothing of the others.
     ConfigError where `interface` has no address.
     """
     own = local_addresses()
@@ -65,10 +66,13 @@ def listening_addresses(expected: Sequence[str], *, interface: str | None) -> li
             names = ", ".join(sorted({local.interface for local in own}))
             raise ConfigError(f"the interface {interface} is not up here; there are {names}")
         return chosen
-    stays_here = bool(expected) and all(_is_loopback(address) for address in expected)
-    fitting = [local for local in own if _is_loopback(local.address) == stays_here]
-    if stays_here:
-        fitting = [local for local in fitting if local.address in expected]
+    known = {local.address for local in own}
+    inner = [address for address in expected if _is_loopback(address)]
+    if inner and len(inner) == len(expected) and known & set(inner):
+        fitting = [local for local in own if local.address in inner]
+    else:
+        fitting = [local for local in own if not _is_loopback(local.address)] or own
+        fitting += [LocalAddress(address=a, interface="lo") for a in inner if a not in known]
     places = {address: place for place, address in enumerate(expected)}
     return sorted(fitting, key=lambda local: places.get(local.address, len(places)))
 

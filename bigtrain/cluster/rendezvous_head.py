@@ -126,6 +126,7 @@ class Head:
     def _await_all(self) -> None:
         limit = self._started + self._seat.deadline_s
         say_at = self._started + _SAY_EVERY_S
+        look_at = self._started + _TICK_S
         while len(self._members) < self._seat.num_nodes - 1:
             for key, _ in self._selector.select(_TICK_S):
                 self._serve(key.fileobj)
@@ -139,7 +140,9 @@ class Head:
             if now >= say_at:
                 self._say(self._progress())
                 say_at = now + _SAY_EVERY_S
-            self._drop_strangers(now)
+            if now >= look_at:  # and not each time: with n nodes that would be n times n
+                self._drop_strangers(now)
+                look_at = now + _TICK_S
 
     def _serve(self, ready: Any) -> None:
         visitor = self._visitors.get(ready)
@@ -230,7 +233,8 @@ class Head:
             del self._members[member.node_rank]
 
     def _drop_strangers(self, now: float) -> None:
-        waiting = [v for v in self._visitors.values() if v.member is None]
+        # Who has proven that it belongs here may take its time to say what it has.
+        waiting = [v for v in self._visitors.values() if not v.proven]
         late = [v for v in waiting if now - v.came > _STRANGERS_HAVE_S]
         crowd = len(waiting) - self._seat.num_nodes - _SPARE_CONNECTIONS
         for visitor in {*late, *waiting[: max(0, crowd)]}:

@@ -77,8 +77,10 @@ class Supervisor:
         say: Callable[[str], None],
         follower: LogFollower | None,
         is_futile: Callable[[], bool] = lambda: False,
+        stop_grace_s: float = STOP_GRACE_S,
     ) -> None:
-        """`is_futile`: whether the run has failed elsewhere, so that a SIGTERM comes from there."""
+        """`is_futile`: whether the run has failed elsewhere, so that a SIGTERM comes from there.
+        `stop_grace_s`: from a SIGTERM of anybody else until the ranks are killed."""
         self._host = host
         self._ranks = ranks
         self._inbox = inbox
@@ -86,6 +88,8 @@ class Supervisor:
         self._say = say
         self._follower = follower
         self._is_futile = is_futile
+        self._stop_grace_s = stop_grace_s
+        self._is_terminated = False
         self._stopped_by: int | None = None
         self._stopped_at = 0.0
         self._kill_at: float | None = None
@@ -155,7 +159,7 @@ class Supervisor:
         if self._failed or left is None or not left.is_bad:
             return
         if self._is_stop(left):
-            self._kill_within(STOP_GRACE_S)  # they are leaving too, and may still be saving
+            self._kill_within(self._stop_grace_s)  # they are leaving too, and may still be saving
             return
         self._failed = True
         linux.kill_group(rank.pid)  # its data workers
@@ -193,7 +197,13 @@ class Supervisor:
             self._stopped_by, self._stopped_at = number, time.time()
             self._signal_all(number)
             if number in _STOPPING:
-                self._kill_within(FAILURE_GRACE_S if self._is_futile() else STOP_GRACE_S)
+                self._kill_within(self._patience_after(number))
+            self._is_terminated = self._is_terminated or number == signal.SIGTERM
+
+    def _patience_after(self, number: int) -> float:
+        if number != signal.SIGTERM:
+            return STOP_GRACE_S
+        return FAILURE_GRACE_S if self._is_futile() else self._stop_grace_s
 
     def _signal_all(self, number: int, *, ended_by_us: bool = False) -> None:
         """To the ranks alone: their data workers are theirs to end."""
@@ -258,6 +268,8 @@ class Supervisor:
         if self._stopped_by and (self._died_of_stop() or any(e.ended_by_us for e in exits)):
             is_notice = self._stopped_by in (signal.SIGUSR1, signal.SIGUSR2)
             return STOP_AND_RESUME if is_notice else 128 + self._stopped_by
+        if codes and self._is_terminated:
+            return 128 + signal.SIGTERM  # also of ranks that were leaving to be run again
         return codes[0] if codes else 0
 
     def _clean_up(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from bigtrain.arguments.values import did_you_mean
 from bigtrain.errors import ConfigError
+from bigtrain.secrecy import SECRET_ADVICE, holds_token
 
 Takes: TypeAlias = Literal["value", "maybe", "nothing"]
 
@@ -168,6 +169,8 @@ def _read_value(name: str, value: Any) -> str | None:
     text = _as_text(value)
     if not text or not text.isprintable():
         raise ValueError(f"{value!r} can't be written in one line of a script")
+    if holds_token(text):
+        raise ValueError(SECRET_ADVICE)
     form, advice = _FORMS.get(name, (None, ""))
     if form is not None and not form.fullmatch(text):
         raise ValueError(f"{text!r} is not {advice}")

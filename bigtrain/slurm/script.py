@@ -102,11 +102,18 @@ def sbatch_options(request: JobRequest) -> dict[str, str | None]:
         "open-mode": "append",
         "requeue": None,
         "signal": f"USR2@{signal_lead_s(request.last_save_s)}",
+        "export": "ALL",
     }
     said = {k: v for k, v in settings.options.items() if not is_container_option(k)}
     if "no-requeue" in said:
         del options["requeue"]
     return options | said
+
+
+def sbatch_flags(request: JobRequest) -> list[str]:
+    """The job's options as they are typed: there they win over SBATCH_* variables of the user's,
+    which themselves win over the lines of a script."""
+    return [_option(name, value) for name, value in sbatch_options(request).items()]
 
 
 def srun_options(request: JobRequest) -> dict[str, str | None]:
@@ -124,7 +131,7 @@ def srun_options(request: JobRequest) -> dict[str, str | None]:
     if cpus is not None:
         options["cpus-per-task"] = cpus  # since 22.05, srun does not take it from the job
     options |= {"kill-on-bad-exit": "0", "no-kill": None} if spare else {"kill-on-bad-exit": "1"}
-    options |= {"mpi": "none", "input": "none"}
+    options |= {"export": "ALL", "mpi": "none", "input": "none"}
     said = {k: v for k, v in request.settings.options.items() if is_container_option(k)}
     return options | said
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bigtrain.errors import ConfigError
-from bigtrain.secrecy import SECRET_ADVICE, looks_secret
+from bigtrain.secrecy import SECRET_ADVICE, holds_token, looks_secret
 from bigtrain.slurm.options import place_of, read_options
 
 _SHORTEST_LEAD_S = 120
@@ -123,6 +123,8 @@ def _setup(value: Any) -> str:
     for name, said in _ASSIGNMENT.findall(_text(value)):
         if looks_secret(name) and said[:1] not in _COMPUTED:
             raise ValueError(f"{name}: {SECRET_ADVICE}")
+    if holds_token(value):
+        raise ValueError(f"a token stands in it: {SECRET_ADVICE}")
     return str(value)
 
 

@@ -26,7 +26,7 @@ from bigtrain.slurm.provenance import (
     take_snapshot,
 )
 from bigtrain.slurm.record import SubmissionRecord, record_path, remember
-from bigtrain.slurm.script import JobRequest, render
+from bigtrain.slurm.script import JobRequest, render, sbatch_flags
 from bigtrain.slurm.settings import SlurmSettings, read_settings
 
 _DEFAULT_TEMPLATE = "train.sbatch"
@@ -73,7 +73,7 @@ def submit(
     paths = [record_path(plan.output_dir, plan.attempt) for plan in plans]
     _write_records(record, paths)
     try:
-        job_id = _queue(script, cwd=Path(source.working_dir))
+        job_id = _queue(script, sbatch_flags(request), cwd=Path(source.working_dir))
     except LaunchError:
         _withdraw([*request.plan_paths, *paths, script, script.with_suffix(".diff")], snapshot)
         raise
@@ -208,9 +208,10 @@ def _record(
     )
 
 
-def _queue(script: Path, *, cwd: Path) -> str:
+def _queue(script: Path, flags: Sequence[str], *, cwd: Path) -> str:
     # `--parsable` prints the number alone, with `;cluster` behind it where there are several.
-    job_id = client.call(["sbatch", "--parsable", str(script)], cwd=cwd).strip().split(";")[0]
+    job_id = client.call(["sbatch", "--parsable", *flags, str(script)], cwd=cwd)
+    job_id = job_id.strip().split(";")[0]
     if not job_id.isdigit():
         raise LaunchError(f"sbatch took {script}, but gave no job number: {job_id!r}")
     return job_id

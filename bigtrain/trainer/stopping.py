@@ -25,8 +25,8 @@ EXIT_REQUEUE = 85
 """Left on SIGUSR1 or SIGUSR2, the early notice that schedulers give: run me again."""
 
 # Weight of a signal in the flag that ranks sum. Above any number of ranks, so that the sum tells
-# whether any rank has seen an early notice.
-_TERMINATED, _NOTICED = 1, 1 << 20
+# whether any rank was told to end for good.
+_NOTICED, _TERMINATED = 1, 1 << 20
 
 
 class StopRequestedError(Exception):
@@ -70,7 +70,9 @@ class StopFlag:
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = self._noted or (_TERMINATED if number == signal.SIGTERM else _NOTICED)
+        """The end for good outranks a notice, whichever came first."""
+        told = _TERMINATED if number == signal.SIGTERM else _NOTICED
+        self._noted = max(self._noted, told)
 
     def exchange(self, items: Tensor | None) -> Tensor | None:
         """The sum of `items` (0-dim) over all ranks, with this rank's notes; all ranks call it."""
@@ -104,7 +106,7 @@ class StopFlag:
         """
         agreed = self._noted if collectives.world_size() == 1 else self._answer()
         if agreed:
-            raise StopRequestedError(EXIT_REQUEUE if agreed >= _NOTICED else EXIT_TERMINATED)
+            raise StopRequestedError(EXIT_TERMINATED if agreed >= _TERMINATED else EXIT_REQUEUE)
 
     def note_save(self, status: int) -> None:
         """What this rank knows of the save in flight, for the next exchange."""

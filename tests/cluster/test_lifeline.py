@@ -13,7 +13,8 @@ import pytest
 
 from bigtrain.cluster.attempts import Attempt, with_spares
 from bigtrain.cluster.lifeline import EXIT_AGAIN, Ending, Lifeline, Verdict, judge
-from bigtrain.cluster.rendezvous import Seat, join
+from bigtrain.cluster.rendezvous import Joined, Seat, join
+from bigtrain.cluster.rendezvous_wire import LineReader, receive
 
 VANISHED = "node2 vanished: the machine, its network or its agent is gone"
 
@@ -134,6 +135,43 @@ def test_a_node_that_loses_the_first_one_ends_by_itself(
     assert verdict.code == EXIT_AGAIN
     assert verdict.cause is not None and verdict.cause.startswith("node0 vanished")
     nodes[2].leave(143)
+
+
+def test_a_failure_that_was_told_is_the_cause_though_a_node_is_lost_after_it(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    failed = pool.submit(nodes[1].leave, 3, "rank 1 failed", 100.0)
+    assert nodes[2].told_to_end.wait(5)
+    nodes[2].die()
+    time.sleep(0.3)
+    assert (
+        settle(failed, pool.submit(nodes[0].leave, 143))
+        == [Verdict(code=3, cause="rank 1 failed")] * 2
+    )
+
+
+def test_what_is_said_right_behind_the_welcome_is_heard() -> None:
+    ours, theirs = socket.socketpair()
+    reader = LineReader()
+    theirs.sendall(b'{"welcome": {}}\n{"end": true}\n')
+    receive(ours, reader)
+    seat = Seat(node_rank=1, num_nodes=2, host="node1", job="1", token=b"")
+    joined = Joined(
+        address="127.0.0.1",
+        port=1,
+        listener=None,
+        own_address="127.0.0.1",
+        connections={0: ours},
+        readers={0: reader},
+        decision={},
+        seconds=0.0,
+    )
+    lifeline = Lifeline(seat, joined, places=range(2))
+    told = threading.Event()
+    lifeline.begin(on_end=told.set)
+    assert told.wait(5)
+    lifeline.close()
+    theirs.close()
 
 
 def _next(*places: int) -> Attempt:

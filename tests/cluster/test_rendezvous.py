@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import secrets
 import socket
 import threading
@@ -13,8 +14,14 @@ from typing import Any
 
 import pytest
 
+from bigtrain.cluster import rendezvous_head
 from bigtrain.cluster.rendezvous import Joined, Member, RefusedError, Seat, join
-from bigtrain.cluster.rendezvous_address import candidate_ports, local_addresses, resolve
+from bigtrain.cluster.rendezvous_address import (
+    candidate_ports,
+    listening_addresses,
+    local_addresses,
+    resolve,
+)
 from bigtrain.cluster.rendezvous_wire import LineReader, receive
 from bigtrain.errors import ConfigError, LaunchError
 
@@ -244,6 +251,33 @@ def test_candidate_ports_follow_from_the_job_and_are_not_ephemeral() -> None:
 def test_an_interface_that_is_not_there_is_refused_with_those_that_are() -> None:
     with pytest.raises(ConfigError, match=r"the interface ib9 is not up here; there are .*lo"):
         join(seats(2, interface="ib9")[0], dict, decide=decide)
+
+
+def test_an_own_name_that_means_127_0_1_1_hides_no_network() -> None:
+    own = [local.address for local in local_addresses()]
+    listening = [local.address for local in listening_addresses(["127.0.1.1"], interface=None)]
+    outer = [address for address in own if not ipaddress.ip_address(address).is_loopback]
+    assert listening[-1] == "127.0.1.1" or listening[0] == "127.0.1.1"
+    assert set(outer) < set(listening)
+    only = listening_addresses(["127.0.0.1"], interface=None)
+    assert [local.address for local in only] == ["127.0.0.1"]
+
+
+def test_a_node_that_is_slow_to_say_what_it_has_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(rendezvous_head, "_STRANGERS_HAVE_S", 0.5)
+    places = seats(2)
+
+    def slow() -> dict[str, Any]:
+        time.sleep(2.5)
+        return {"number": 1}
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(join, places[0], dict, decide=decide)
+        second = pool.submit(join, places[1], slow, decide=decide)
+        with closed_after([first, second]) as results:
+            assert len(results) == 2
 
 
 def test_loopback_comes_last_and_unknown_names_are_left_out() -> None:

@@ -104,6 +104,19 @@ def test_a_script_that_dies_of_a_notice_is_to_be_run_again(
     )
 
 
+def test_a_sigterm_after_a_notice_ends_it_for_good(
+    launcher: Any, start: dict[str, Any], wait_ready: Any
+) -> None:
+    script = _HANDLES.replace("SIGNAME", "SIGUSR2").replace("CODE", "85")
+    script = script.replace("seen = []", "seen = []; signal.signal(15, signal.SIG_IGN)")
+    launched = launcher.start(script, procs=2, **start)
+    wait_ready(2)
+    launched.process.send_signal(signal.SIGUSR2)
+    time.sleep(0.2)
+    launched.process.send_signal(signal.SIGTERM)
+    assert launched.wait(timeout_s=15).code == 143
+
+
 def test_ctrl_c_ends_all_ranks_with_130_and_calm_words(
     launcher: Any, gloo: dict[str, Any], wait_ready: Any
 ) -> None:

@@ -61,6 +61,7 @@ def test_a_dry_run_prints_the_batch_script_and_writes_nothing(folder: Path) -> N
         "--open-mode=append",
         "--requeue",
         "--signal=USR2@120",
+        "--export=ALL",
         "--partition=gpu",
         "--time=24:00:00",
         "--qos=high",

@@ -219,6 +219,21 @@ def test_a_notice_is_a_new_start_that_resumes(start: Callable[..., Run]) -> None
 
 
 @pytest.mark.slow
+def test_what_is_cancelled_after_a_notice_stays_cancelled(start: Callable[..., Run]) -> None:
+    leaves_late = PLAIN.replace("sys.exit(143 if", "time.sleep(3); os._exit(143 if")
+    run = start(leaves_late, "wait")
+    run.wait_for_ranks()
+    run.bed.run("scancel", "--signal=USR2", run.job_id)
+    time.sleep(1)
+    run.bed.run("scancel", run.job_id)
+    run.ended("CANCELLED")
+    time.sleep(3)
+    job = run.bed.job(run.job_id)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    assert "going on in a new start" not in run.text()
+
+
+@pytest.mark.slow
 def test_the_time_limit_sends_the_notice_ahead(start: Callable[..., Run]) -> None:
     run = start(PLAIN, "wait", section={"signal": "USR2@50", "time": "00:01:00"})
     run.wait_for_ranks()
@@ -228,11 +243,12 @@ def test_the_time_limit_sends_the_notice_ahead(start: Callable[..., Run]) -> Non
 
 
 @pytest.mark.slow
-def test_max_requeues_ends_it(start: Callable[..., Run]) -> None:
+def test_max_requeues_ends_it_and_says_so(start: Callable[..., Run]) -> None:
     run = start(PLAIN, "wait", section={"max_requeues": 0})
     run.wait_for_ranks()
     run.bed.run("scancel", "--signal=USR1", run.job_id)
     assert run.ended("FAILED")["ExitCode"] == "85:0"
+    assert f"job {run.job_id} has had its 0 new starts (max_requeues)" in run.text()
 
 
 @pytest.mark.slow

@@ -294,21 +294,48 @@ def test_an_own_batch_script_trains_with_a_task_per_node_or_per_rank(
     assert (run.folder / "out" / "plans" / "attempt-01.json").is_file()
 
 
+BY_HAND = ("-m", "bigtrain", "launch", "run.yaml", "--procs-per-node", "1", "--rdzv-endpoint")
+TORCHRUN = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2")
+WORKER = ("--master-port", "29402", "-m", "bigtrain.worker", "run.yaml")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--nodes", "2", "--node-rank", "{}"], ["--nodes", "1:2"]])
-def test_machines_without_slurm_train_together(run: Run, flags: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("command", "world"),
+    [
+        ((*BY_HAND, "{head}:29400", "--nodes", "2", "--node-rank", "{node}"), 2),
+        ((*BY_HAND, "{head}:29401", "--nodes", "2:4"), 2),
+        ((*TORCHRUN, "--node-rank", "{node}", "--master-addr", "{head}", *WORKER), 4),
+    ],
+    ids=["by hand", "elastic", "torchrun"],
+)
+def test_machines_without_slurm_train_together(
+    run: Run, command: tuple[str, ...], world: int
+) -> None:
     """The testbed's nodes again, but as machines on which somebody types the command."""
-    endpoint = f"{run.bed.address(0)}:29400"
-    common = [*("launch", "run.yaml", "--procs-per-node", "1"), "--rdzv-endpoint", endpoint]
-    started = [
-        run.bed.popen_on(
-            node,
-            *(sys.executable, "-m", "bigtrain", *common, *(f.format(node) for f in flags)),
-            cwd=run.folder,
-        )
-        for node in range(2)
-    ]
-    texts = [process.communicate(timeout=120)[0] for process in started]
+    started = [_type_on(run, node, command) for node in range(2)]
+    texts = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(texts)
-    assert "fsdp on 2 × cpu" in "".join(texts)
+    assert f"fsdp on {world} × cpu" in "".join(texts)
     assert (run.folder / "out" / "checkpoint-6" / "manifest.json").is_file()
+    ranks = {path.name for path in (run.folder / "out").glob("logs/attempt-01/node-*/rank-*.log")}
+    assert ranks == {f"rank-{rank:05d}.log" for rank in range(world)}
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_the_machines_that_are_left(run: Run) -> None:
+    steps = ("--set", "training.max_steps=300", "--set", "training.save_steps=5")
+    command = (*BY_HAND, "{head}:29403", "--nodes", "2:4", *steps)
+    started = [_type_on(run, node, command) for node in range(3)]
+    run.wait_for_step(7)
+    started[2].terminate()
+    texts = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started[:2]] == [0, 0], "\n".join(texts)
+    assert re.search(r"fsdp on 3 × cpu.*going on from .*checkpoint-\d+", "".join(texts), re.S)
+    assert "fsdp on 2 × cpu" in "".join(texts)
+    assert (run.folder / "out" / "checkpoint-300" / "manifest.json").is_file()
+
+
+def _type_on(run: Run, node: int, command: tuple[str, ...]) -> subprocess.Popen[str]:
+    words = [word.format(head=run.bed.address(0), node=node) for word in command]
+    return run.bed.popen_on(node, sys.executable, *words, cwd=run.folder)
