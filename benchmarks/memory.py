@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bigtrain.memory import estimate, trace  # noqa: E402
+from bigtrain.memory.adapters import with_adapters  # noqa: E402
 from bigtrain.memory.families import from_formula  # noqa: E402
 from bigtrain.memory.questions import Asker  # noqa: E402
 from bigtrain.topology import RankInfo  # noqa: E402
@@ -103,6 +104,8 @@ class Case:
     sequence: int
     recompute: bool
     accumulation: int = 1
+    lora: bool = False
+    """Adapters on weights that are frozen in the precision that computes."""
 
     def __str__(self) -> str:
         shape = f"{self.batch}×{self.sequence}" + (
@@ -110,7 +113,7 @@ class Case:
         )
         return (
             f"{self.model} {self.engine} {self.ranks} {self.dtype} {shape}"
-            f"{' recomputed' if self.recompute else ''}"
+            f"{' recomputed' if self.recompute else ''}{' LoRA' if self.lora else ''}"
         )
 
 
@@ -127,8 +130,18 @@ class Outcome:
 
 
 CASES: tuple[Case, ...] = tuple(
-    Case(model=m, engine=e, ranks=r, dtype=d, batch=b, sequence=s, recompute=c, accumulation=a)
-    for m, e, r, d, b, s, c, a in (
+    Case(
+        model=m,
+        engine=e,
+        ranks=r,
+        dtype=d,
+        batch=b,
+        sequence=s,
+        recompute=c,
+        accumulation=a,
+        lora=bool(lora),
+    )
+    for m, e, r, d, b, s, c, a, *lora in (
         ("llama-48M", "single", 1, "fp32", 4, 256, False, 1),
         ("llama-48M", "single", 1, "fp32", 4, 256, True, 1),
         ("llama-48M", "single", 1, "bf16", 2, 1024, False, 1),
@@ -158,8 +171,20 @@ CASES: tuple[Case, ...] = tuple(
         ("deep-52M", "zero2", 2, "bf16", 1, 256, True, 2),
         ("qwen2-61M", "zero3", 2, "bf16", 2, 512, True, 1),
         ("mixtral-70M", "zero3", 2, "bf16", 2, 512, False, 1),
+        ("llama-48M", "single", 1, "bf16", 2, 1024, False, 1, "LoRA"),
+        ("llama-48M", "single", 1, "bf16", 4, 1024, True, 1, "LoRA"),
+        ("qwen2-61M", "single", 1, "fp32", 2, 512, False, 1, "LoRA"),
+        ("qwen2-61M", "ddp", 2, "bf16", 2, 512, False, 1, "LoRA"),
+        ("llama-48M", "fsdp", 2, "bf16", 2, 1024, False, 1, "LoRA"),
+        ("deep-52M", "zero3", 2, "bf16", 2, 512, False, 1, "LoRA"),
     )
 )
+LORA = {
+    "rank": 16,
+    "alpha": 32,
+    "dropout": 0.0,
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 
 
 def main() -> None:
@@ -202,7 +227,10 @@ def run_case(case: Case, *, with_trace: bool) -> Outcome:
 
 def _traced(case: Case, request: estimate.Request) -> estimate.MemoryPlan:
     asker = Asker(cache=Path(tempfile.gettempdir()) / "bigtrain-shapes", environment=os.environ)
-    return trace.traced_estimate(request, {"config": MODELS[case.model]}, asker=asker)
+    question: dict[str, Any] = {"config": MODELS[case.model]}
+    if case.lora:
+        question["lora"] = LORA
+    return trace.traced_estimate(request, question, asker=asker)
 
 
 def _values(case: Case) -> dict[str, Any]:
@@ -217,8 +245,9 @@ def _values(case: Case) -> dict[str, Any]:
 def _request(case: Case) -> estimate.Request:
     topology = topology_for(case.engine, procs_per_node=case.ranks)
     config = MODELS[case.model]
-    shapes = from_formula(config, dtype="fp32")
+    shapes = from_formula(config, dtype=case.dtype if case.lora else "fp32")
     assert shapes is not None
+    shapes = with_adapters(shapes, LORA if case.lora else None)
     device = _device()
     return estimate.Request(
         shapes=shapes,
@@ -369,11 +398,17 @@ def _make_model(case: Case) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    from bigtrain.model_section import add_adapters
+
     fields = dict(MODELS[case.model])
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[fields.pop("model_type")](**fields), dtype=torch.float32
+    is_narrow = case.lora and case.dtype == "bf16"
+    model: Any = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[fields.pop("model_type")](**fields),
+        dtype=torch.bfloat16 if is_narrow else torch.float32,
     )
+    if case.lora:
+        model = add_adapters(model, LORA)
     model.config.use_cache = False
     if case.recompute:
         model.gradient_checkpointing_enable()
@@ -392,7 +427,11 @@ def _make_optimizer(model: Any) -> Any:
 
     from bigtrain.memory.shapes import Parameter
 
-    named = [(Parameter(name=n, shape=tuple(p.shape)), p) for n, p in model.named_parameters()]
+    named = [
+        (Parameter(name=n, shape=tuple(p.shape)), p)
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    ]
     return torch.optim.AdamW(
         [
             {"params": [p for shape, p in named if shape.is_decayed], "weight_decay": 0.1},
@@ -416,8 +455,9 @@ def _row(outcome: Outcome) -> str:
     if case.accumulation > 1:
         tokens += f", {case.accumulation} micro-batches"
     recompute = "yes" if case.recompute else "no"
+    model = f"{case.model}{', LoRA' if case.lora else ''}"
     return (
-        f"| {case.model} | {case.engine} × {case.ranks} | {case.dtype} | {tokens} | {recompute} | "
+        f"| {model} | {case.engine} × {case.ranks} | {case.dtype} | {tokens} | {recompute} | "
         f"{outcome.measured / megabyte:,.0f} | {off(outcome.formula)} | {off(outcome.traced)} | "
         f"{outcome.process / megabyte:,.0f} |"
     )

@@ -78,6 +78,8 @@ def _trace(question: Mapping[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         model = _make_model({**question, "dtype": question["weights_dtype"]}, **options)
         model = _adapted(model, question.get("lora"))
+        if question.get("lora") and not question["autocast"]:
+            model = model.to(compute)  # adapters, too, compute in what the engine gathers them in
     model.config.use_cache = False
     if question["recompute"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

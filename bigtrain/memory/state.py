@@ -141,6 +141,8 @@ def _zero12(shapes: ModelShapes, place: Placement, stage: int) -> StateBytes:
     flats = [_rounded(elements(group), 2 * ranks) for group in groups]
     part = sum(flats) // ranks
     frozen = sum(p.numel for p in shapes.parameters if not p.trained) * compute
+    if place.config.compute_dtype == "fp32":  # the model is left as it was loaded
+        frozen = _frozen(shapes)
     return StateBytes(
         weights=sum(flats) * compute + frozen,
         masters=part * 4,

@@ -22,6 +22,19 @@ class TracedActivations:
         return self.layers[min(remaining, len(self.layers) - 1)]
 
 
+def _weights_dtype(request: Request) -> str:
+    """What the model's own weights are in as they compute: under autocast the masters' fp32, but
+    those that are frozen stay as they were loaded."""
+    if not request.batch().is_autocast:
+        return request.config.compute_dtype
+    frozen = [p.dtype for p in request.shapes.parameters if not p.trained]
+    return (
+        max(set(frozen), key=frozen.count)
+        if 2 * len(frozen) > len(request.shapes.parameters)
+        else "fp32"
+    )
+
+
 def traced_estimate(request: Request, model: Mapping[str, Any], *, asker: Asker) -> MemoryPlan:
     """As `estimate`, with the activations of the real model. It takes seconds.
 
@@ -33,7 +46,7 @@ def traced_estimate(request: Request, model: Mapping[str, Any], *, asker: Asker)
             "kind": "trace",
             **model,
             "compute_dtype": request.config.compute_dtype,
-            "weights_dtype": "fp32" if batch.is_autocast else request.config.compute_dtype,
+            "weights_dtype": _weights_dtype(request),
             "autocast": batch.is_autocast,
             "recompute": request.recompute,
             "sequences": batch.sequences,

@@ -64,6 +64,7 @@ def test_the_dispatch_mode_counts_what_the_profiler_does(benchmark: ModuleType) 
     [
         ("single", 1, {}),
         ("single", 1, {"recompute": True, "dtype": "bf16"}),
+        ("single", 1, {"lora": True, "dtype": "bf16"}),
         ("ddp", 2, {}),
         ("fsdp", 2, {"dtype": "bf16"}),
         ("fsdp", 2, {"accumulation": 2}),
@@ -91,6 +92,8 @@ def test_the_formula_is_near_even_for_a_tiny_model(
         "deep-52M zero1 2 bf16 1×256 recomputed",
         "deep-52M zero2 2 bf16 1×256×2 recomputed",
         "deep-52M fsdp 2 bf16 1×256×2 recomputed",
+        "llama-48M single 1 bf16 2×1024 LoRA",
+        "deep-52M zero3 2 bf16 2×512 LoRA",
     ],
 )
 def test_trace_is_within_10_and_formula_within_25_percent(benchmark: ModuleType, text: str) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bigtrain.memory.optimizers import optimizer_shape
 from bigtrain.memory.shapes import ModelShapes, Parameter
 from bigtrain.memory.state import Placement, StateBytes, state_bytes
+from bigtrain.model_section import add_adapters
 from bigtrain.topology import RankInfo
 from bigtrain.translate import topology_for, translate
 from bigtrain.translate.config import ENGINE_NAMES, EngineConfig, EngineName
@@ -32,15 +34,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "frozen": {"frozen": ("embed_tokens", "layers.0.mlp")},
     "bf16 weights": {"dtype": torch.bfloat16},
+    "lora": {"dtype": torch.bfloat16, "lora": True},
 }
+_LORA = {"rank": 3, "alpha": 6, "dropout": 0.0, "target_modules": ["q_proj", "o_proj"]}
 Measured = dict[tuple[EngineName, str, str], tuple[int, StateBytes]]
 
 
-def make_model(key: str) -> LlamaForCausalLM:
+def make_model(key: str) -> nn.Module:
     fields = dict(MODELS[key])
+    has_adapters = fields.pop("lora", False)
     frozen, dtype = fields.pop("frozen", ()), fields.pop("dtype", torch.float32)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**_FIELDS, **fields)).to(dtype)
+    model: nn.Module = LlamaForCausalLM(LlamaConfig(**_FIELDS, **fields)).to(dtype)
+    if has_adapters:
+        return add_adapters(model, _LORA)  # type: ignore[no-any-return]
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in frozen))
     return model
