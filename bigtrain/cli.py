@@ -182,6 +182,10 @@ def launch(
     ] = None,
     deepspeed: DeepSpeedJson = None,
     accelerate_config: AccelerateConfig = None,
+    no_memory_check: Annotated[
+        bool,
+        typer.Option("--no-memory-check", help="Start a run that the plan says is too large here."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the commands; start nothing.")
     ] = False,
@@ -223,6 +227,7 @@ def launch(
                 dry_run=dry_run,
                 shows_all=shows_all,
                 as_json=as_json,
+                checks_memory=not no_memory_check,
             )
         )
     raise typer.Exit(exit_code)

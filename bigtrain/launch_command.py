@@ -25,6 +25,7 @@ from typing import NoReturn
 
 import typer
 
+from bigtrain import memory_check
 from bigtrain.cluster import environment as rank_environment
 from bigtrain.cluster import local, nodes
 from bigtrain.cluster.rendezvous import RefusedError, Seat
@@ -59,6 +60,8 @@ class Launch:
     shows_all: bool = False
     """A dry run shows arguments at their defaults, too."""
     as_json: bool = False
+    checks_memory: bool = True
+    """A run that can't fit on this machine is refused."""
 
     def plan(self, *more: Override, is_job: bool = False) -> RunPlan:
         """The plan with `more` said on top. `is_job`: it runs on nodes that Slurm will give."""
@@ -106,12 +109,23 @@ def _here(launch: Launch) -> int:
     path = plan_path(made)
     if made.topology.nodes > 1:
         raise UnsupportedError(_how_to_use_nodes(made.topology.nodes, launch))
+    _require_fit(made, launch, *launch.nodes())
     check_not_in_use(made)
     write_plan(made, path)
     console = open_console(as_json=launch.as_json)
     why = made.origins.get("engine.name", "")
     console.say(f"engine {made.engine.name}{f' ({why})' if 'auto' in why else ''}, plan {path}")
     return local.launch(made, path, console=console)
+
+
+def _require_fit(made: RunPlan, launch: Launch, *nodes: Override) -> None:
+    """ConfigError where it can't fit on this machine, unless that is not to be looked at."""
+    if launch.checks_memory:
+        memory_check.require_fit(
+            made,
+            environment=launch.environment,
+            plan_with=lambda more: launch.plan(*nodes, more),
+        )
 
 
 def _show(plan: RunPlan, commands: Sequence[str], launch: Launch) -> int:
@@ -268,6 +282,8 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool
     """Every node plans for itself; when they meet, they find out whether they plan the same."""
     try:
         made = launch.plan(number)
+        if not launch.dry_run:
+            _require_fit(made, launch, number)
     except BigtrainError as error:
         if seat.node_rank == 0:
             raise

@@ -69,8 +69,13 @@ def show(question: Question, *, as_json: bool) -> str:
     return json.dumps(plan_as_json(plan, found), indent=2)
 
 
-def forecast_here(plan: RunPlan, environment: Mapping[str, str]) -> Forecast | None:
-    """What is to come of a plan on machines like this one; None for a script's."""
+def forecast_here(
+    plan: RunPlan, environment: Mapping[str, str], *, asks: bool = True
+) -> Forecast | None:
+    """What is to come of a plan on machines like this one; None for a script's.
+
+    `asks`: also what only a process of its own can tell, in seconds.
+    """
     if plan.kind != "run_file":
         return None
     memory = rank_memory(
@@ -79,7 +84,8 @@ def forecast_here(plan: RunPlan, environment: Mapping[str, str]) -> Forecast | N
         said=None,
         environment=environment,
     )
-    return forecast(plan, environment=environment, device_memory=memory)
+    model = model_of(plan, environment, asks=asks)
+    return forecast(plan, environment=environment, device_memory=memory, model=model)
 
 
 def plan_as_json(plan: RunPlan, found: Forecast | None) -> dict[str, Any]:

@@ -43,8 +43,9 @@ def find_model(
     tokenizer: Mapping[str, Any],
     working_dir: Path,
     environment: Mapping[str, str],
+    asks: bool = True,
 ) -> Model:
-    """The model of a plan's `model` section."""
+    """The model of a plan's `model` section. `asks`: by a process of its own where need be."""
     asker = Asker(cache=cache_folder(environment) / "shapes", environment=environment)
     if section.get("config"):
         config = _sized(dict(section["config"]), tokenizer, working_dir, environment)
@@ -65,6 +66,8 @@ def find_model(
         else:
             why = f"{name} is not on this machine yet; download it, or give a local path"
             return Model(shapes=None, why=why, question={})
+    if shapes is None and not asks:
+        return Model(shapes=None, why="its family has no formula", question=question)
     if shapes is None:
         try:
             shapes = _asked(asker, question, config)

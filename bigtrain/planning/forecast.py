@@ -90,13 +90,14 @@ def _unknown_optimizer(plan: RunPlan) -> str:
     return "" if optimizer_shape(name).is_known else name
 
 
-def model_of(plan: RunPlan, environment: Mapping[str, str]) -> Model:
-    """The plan's model, as far as it can be known here."""
+def model_of(plan: RunPlan, environment: Mapping[str, str], *, asks: bool = True) -> Model:
+    """The plan's model, as far as it can be known here; without `asks`, at once."""
     return find_model(
         plan.model,
         tokenizer=plan.tokenizer,
         working_dir=Path(plan.working_dir),
         environment=environment,
+        asks=asks,
     )
 
 

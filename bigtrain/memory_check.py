@@ -1,0 +1,67 @@
+"""Whether a run that is about to start here can fit, and what would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.layers import Override
+from bigtrain.plan import RunPlan
+from bigtrain.plan_command import forecast_here
+from bigtrain.planning.engine_choice import size
+from bigtrain.planning.forecast import Forecast, verdict
+
+FLAG = "--no-memory-check"
+_NOTHING = "no engine would fit here: bigtrain plan --compare shows what each of them needs"
+_AUTO = Override(key="engine.name", value="auto", origin="auto")
+
+
+def require_fit(
+    plan: RunPlan,
+    *,
+    environment: Mapping[str, str],
+    plan_with: Callable[[Override], RunPlan],
+) -> None:
+    """ConfigError where the plan says that it can't fit on this machine.
+
+    Nothing is said where memory is not known at once. `plan_with` makes the same plan with one more
+    word on top, to find an engine that would fit.
+    """
+    found = forecast_here(plan, environment, asks=False)
+    if found is None or found.memory is None or _verdict(found) != "too large":
+        return
+    memory, device = found.memory, found.device_memory
+    what = f"engine {plan.engine.name} needs {size(memory.peak)} on each rank"
+    there = f"there are {size(device.total or 0)} ({device.origin})"
+    if not device.holds_offloaded(memory.host):
+        what = f"engine {plan.engine.name} offloads {size(memory.host)} of each rank"
+        there = f"the host has {size(device.host or 0)} for it"
+    ways = [*_other_engine(plan_with, environment), *_recomputing(found)]
+    advice = " or ".join(ways) or _NOTHING
+    raise ConfigError(f"{what}, and {there}; {advice}; start it all the same with {FLAG}")
+
+
+def _verdict(found: Forecast) -> str | None:
+    return None if found.memory is None else verdict(found.memory, found.device_memory)
+
+
+def _other_engine(
+    plan_with: Callable[[Override], RunPlan], environment: Mapping[str, str]
+) -> list[str]:
+    try:
+        plan = plan_with(_AUTO)
+        found = forecast_here(plan, environment, asks=False)
+    except BigtrainError:
+        return []
+    if found is None or found.memory is None or _verdict(found) == "too large":
+        return []
+    return [f"--engine auto would fit ({plan.engine.name}, {size(found.memory.peak)})"]
+
+
+def _recomputing(found: Forecast) -> list[str]:
+    other, memory = found.other_memory, found.memory
+    if other is None or memory is None or other.peak >= memory.peak:
+        return []
+    if verdict(other, found.device_memory) == "too large":
+        return []
+    return [f"training.gradient_checkpointing=true would fit ({size(other.peak)})"]
