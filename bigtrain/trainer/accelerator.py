@@ -1,7 +1,7 @@
 """`trainer.accelerator`: what scripts ask accelerate's `Accelerator` for, answered by the engine.
 
-It is not an `Accelerator` and prepares nothing: the engine has the model, the optimizer and the
-process group.
+It is not an `Accelerator` and prepares no model: the engine has it, the optimizer and the process
+group.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin
 from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bigtrain.engine.protocol import Engine
+from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
-from bigtrain.trainer import collectives
+from bigtrain.trainer import collectives, sharding
 
 _WRAPPERS = (DistributedDataParallel, DataParallel)
 
@@ -30,8 +33,15 @@ class Accelerator:
     """The place of this process, and collectives, as accelerate names them."""
 
     def __init__(
-        self, engine: Engine, *, ranks: RankInfo, mixed_precision: str, config: AcceleratorConfig
+        self,
+        engine: Engine,
+        *,
+        ranks: RankInfo,
+        mixed_precision: str,
+        config: AcceleratorConfig,
+        data_seed: int | None,
     ) -> None:
+        self._config, self._data_seed = config, data_seed
         self.engine = engine
         self.ranks = ranks
         self.mixed_precision = mixed_precision
@@ -47,6 +57,45 @@ class Accelerator:
         self.even_batches = config.even_batches
         self.use_seedable_sampler = config.use_seedable_sampler
         self.non_blocking = config.non_blocking
+
+    def prepare(self, *objects: Any, **_: Any) -> Any:
+        """Data loaders cut to this rank's share; a scheduler as it is. What is to be trained is
+        the engine's: UnsupportedError."""
+        prepared = tuple(self._prepare_one(one) for one in objects)
+        return prepared[0] if len(prepared) == 1 else prepared
+
+    def _prepare_one(self, one: Any) -> Any:
+        if isinstance(one, DataLoader):
+            return self.prepare_data_loader(one)
+        if isinstance(one, (nn.Module, Optimizer)):
+            raise UnsupportedError(
+                f"accelerator.prepare({type(one).__name__}): the engine prepares the trainer's "
+                "model and optimizer itself; for a model beside it that is not trained there is "
+                "accelerator.prepare_model(model, evaluation_mode=True)"
+            )
+        return one
+
+    def prepare_data_loader(self, data_loader: DataLoader[Any], **_: Any) -> DataLoader[Any]:
+        """This rank's share of a loader that knows nothing of ranks."""
+        loader: DataLoader[Any] = sharding.shard(
+            data_loader,
+            ranks=self.ranks,
+            device=self.device,
+            config=self._config,
+            data_seed=self._data_seed,
+        )
+        return loader
+
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> nn.Module:
+        """A model beside the trained one, on the device and whole."""
+        if not evaluation_mode:
+            raise UnsupportedError(
+                "accelerator.prepare_model: the engine prepares the model that is trained; say "
+                "evaluation_mode=True for another"
+            )
+        return model if device_placement is False else model.to(self.device)
 
     @property
     def state(self) -> Accelerator:

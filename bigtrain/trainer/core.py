@@ -48,6 +48,9 @@ logger = logging.getLogger(__name__)
 # What transformers' Trainer says too comes under its name: people look, and filter, there.
 their_logger = transformers.logging.get_logger("transformers.trainer")
 
+# Events of every step that few callbacks hear; the handler itself does nothing at them.
+_MERELY_TOLD = {"on_pre_optimizer_step", "on_optimizer_step", "on_substep_end"}
+
 
 class TrainerCore:
     """The state that all parts share. Attributes without an underscore are users' too."""
@@ -153,6 +156,7 @@ class TrainerCore:
             ranks=self.args.ranks,
             mixed_precision=self.args.mixed_precision,
             config=config,
+            data_seed=self.args.data_seed,
         )
         self._reset_gather()
         self._is_prepared = False
@@ -276,8 +280,18 @@ class TrainerCore:
 
     def _fire(self, event: str, **values: Any) -> None:
         """Call an event of every callback: they may change the control."""
+        if event in _MERELY_TOLD and not self._is_heard(event):
+            return
         on_event = getattr(self.callback_handler, event)
         self.control = on_event(self.args, self.state, self.control, **values)
+
+    def _is_heard(self, event: str) -> bool:
+        """Whether any callback does something at it."""
+        base = getattr(TrainerCallback, event)
+        return type(self.callback_handler) is not CallbackHandler or any(
+            getattr(type(callback), event, None) is not base or event in vars(callback)
+            for callback in self.callback_handler.callbacks
+        )
 
     # ---- Place in the run ----
 

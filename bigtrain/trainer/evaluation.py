@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import (
@@ -320,11 +321,23 @@ class Evaluation(Prediction, Reporting):
         skip_scheduler: bool = False,
     ) -> dict[str, float]:
         """Evaluate in training; a schedule that follows a metric then takes its step."""
-        metrics = self.evaluate(ignore_keys=ignore_keys_for_eval)
+        metrics = self._evaluate_in_training(ignore_keys_for_eval)
         self._report_to_hp_search(trial, self.state.global_step, metrics)
         if self._follows_metric() and not skip_scheduler:
             self.lr_scheduler.step(self._watched_metric(metrics))
         return metrics
+
+    def _evaluate_in_training(self, ignore_keys: list[str] | None) -> dict[str, float]:
+        """`evaluate`, whose want of memory is no reason for smaller training batches."""
+        try:
+            return self.evaluate(ignore_keys=ignore_keys)
+        except RuntimeError as fault:
+            if self.args.auto_find_batch_size and should_reduce_batch_size(fault):
+                raise RuntimeError(
+                    "Evaluation hit an out-of-memory error. `auto_find_batch_size` only adjusts "
+                    "the training batch size, reduce `per_device_eval_batch_size` instead."
+                ) from fault
+            raise
 
     def _watched_name(self) -> str:
         name = str(self.args.metric_for_best_model)

@@ -83,6 +83,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
             finally:
                 self._close_saver()
                 preparation.restore_model(self)
+                self._has_trained = True
                 self.is_in_train = False
         return output
 
@@ -95,7 +96,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
     ) -> TrainOutput:
         self._train_batch_size = batch_size
         loader = self.get_train_dataloader()
-        schedule = self._make_schedule(self.args, loader)
+        schedule = Schedule.of(self.set_initial_training_values(self.args, loader))
         self._start_state(schedule, checkpoint, trial)
         checkpoint = self._prepare_training(schedule, loader, checkpoint, trial)
         self._tell_what_runs(schedule)
@@ -241,13 +242,20 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
     def _norm_limit(self) -> float | None:
         """What `engine.step` clips to. Without clipping the norm is still logged, so it is asked
         for (with a limit that nothing reaches) at the steps that log."""
-        args, state = self.args, self.state
+        args, step = self.args, self.state.global_step + 1
         if args.max_grad_norm is not None and args.max_grad_norm > 0:
             return float(args.max_grad_norm)
-        step = state.global_step + 1
-        by_steps = args.logging_strategy == IntervalStrategy.STEPS
-        logs = by_steps and step % max(1, state.logging_steps) == 0
+        if args.logging_strategy != IntervalStrategy.STEPS:
+            return math.inf  # whichever step is logged
+        logs = step % max(1, self.state.logging_steps) == 0 or self._logs_when_it_likes()
         return math.inf if logs or (step == 1 and args.logging_first_step) else None
+
+    def _logs_when_it_likes(self) -> bool:
+        """Whether a callback of the user's may ask for a log at any step."""
+        return any(
+            not type(callback).__module__.startswith("transformers.")
+            for callback in self.callback_handler.callbacks
+        )
 
     # ---- Cadence: log, evaluate, save ----
 

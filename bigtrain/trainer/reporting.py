@@ -53,8 +53,8 @@ class Reporting(TrainerCore):
             return
         # A loss that is no number counts as the mean of those before it, without asking the device.
         since = 1 + self.state.global_step - self._globalstep_last_logged
-        filled = self._tr_loss + self._tr_loss / since
-        self._tr_loss = torch.where(torch.isfinite(loss), self._tr_loss + loss, filled)
+        is_finite = loss - loss == 0
+        self._tr_loss = self._tr_loss + torch.where(is_finite, loss, self._tr_loss / since)
 
     def _log_losses(
         self, grad_norm: Tensor | float | None, learning_rate: float | None, start_time: float

@@ -60,6 +60,7 @@ class Resume(Saving):
     """What the trainer reads back."""
 
     _position: Position | None = None
+    _has_trained = False  # what is in the directory since then is this trainer's own
     _search: Search | None = None
     """How the checkpoint was found, and an older one can be; None where it was named."""
 
@@ -84,7 +85,7 @@ class Resume(Saving):
             return None
         if planned != "script":
             asked = planned
-        if asked is None and self.args.overwrite_output_dir:
+        if asked is None and self.args.overwrite_output_dir and not self._has_trained:
             return self._last_checkpoint()
         if asked is None or asked is False:
             return None

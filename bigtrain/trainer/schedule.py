@@ -24,6 +24,20 @@ class Schedule:
     num_train_samples: float
     global_batch_size: int
 
+    @classmethod
+    def of(cls, values: tuple[int, int, int, float, int, int, int]) -> Schedule:
+        """What `set_initial_training_values` answers, which people override."""
+        epochs, steps_per_epoch, examples, samples, global_batch, batches, steps = values
+        return cls(
+            max_steps=steps,
+            num_epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            batches_per_epoch=batches,
+            num_examples=examples,
+            num_train_samples=samples,
+            global_batch_size=global_batch,
+        )
+
 
 def make_schedule(
     args: TrainingArguments,

@@ -152,6 +152,7 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         values,
         on_deepspeed=engine in _ON_DEEPSPEED,
         on_cpu=request.on_cpu,
+        is_sharded=engine not in ("single", "ddp"),
         bf16_masters=options.master_dtype == "bf16",
     ):
         yield f"training.{name}", why

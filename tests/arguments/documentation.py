@@ -50,7 +50,8 @@ WHERE = {
     "max_grad_norm": "the norm over all shards; DeepSpeed clips in its own step",
     "gradient_accumulation_steps": "one reduction a window where the engine can: ddp and fsdp skip "
     "it in between, ZeRO 2 and 3 reduce every micro-batch",
-    "fp16_opt_level": "O0 and O1 on every engine; O2 and O3 are refused",
+    "fp16_opt_level": "O0 and O1 on every engine; O2 (fp16 weights, fp32 masters) on fsdp and "
+    "zero, refused on single and ddp; O3 is refused",
 }
 
 

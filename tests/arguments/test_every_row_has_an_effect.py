@@ -44,6 +44,8 @@ def _of_test(test: str, function: Any) -> Iterator[Shown]:
         elif mark.name == "parametrize":
             for case in mark.args[1]:
                 for inner in getattr(case, "marks", ()):
+                    if inner.name != "shows":
+                        continue
                     name = "-".join(next(iter(value)) for value in case.values)
                     yield Shown(row=inner.args[0], engine="single", test=f"{test}[{name}]")
 

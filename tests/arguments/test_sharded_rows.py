@@ -1,4 +1,5 @@
-"""The arguments that sharding could change, on two ranks of FSDP: with one process as the oracle.
+"""The arguments that sharding could change, on two ranks of FSDP (slowly: of DDP and ZeRO as well):
+with one process as the oracle.
 
 One pair of ranks trains with many of them at once, and is looked at from many sides.
 """
@@ -12,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback, default_data_collator
 
+from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
 from tests.arguments.rows import checkpoints, logged, logged_steps
 from tests.engine.harness import run_ranks
@@ -107,10 +109,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run_ranks(1, _train, str(tmp_path_factory.mktemp("alone")), 4, {})[0]
 
 
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+ENGINES: dict[str, dict[str, Any]] = {
+    "fsdp": {"fsdp": "full_shard"},
+    "ddp": {},
+    "zero1": {"deepspeed": {"zero_optimization": {"stage": 1}}},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+    "zero3": {"deepspeed": {"zero_optimization": {"stage": 3}}},
+}
+EVERY_ENGINE = [
+    pytest.param(name, marks=[] if name == "fsdp" else pytest.mark.slow) for name in ENGINES
+]
+
+
+@pytest.fixture(scope="module", params=EVERY_ENGINE)
+def sharded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     folder = str(tmp_path_factory.mktemp("sharded"))
-    one, other = run_ranks(2, _train, folder, 2, {"fsdp": "full_shard"})
+    one, other = run_ranks(2, _train, folder, 2, ENGINES[request.param])
     assert one == other
     return one
 
@@ -197,6 +211,107 @@ def _mixed(world: RankInfo, folder: str, changed: dict[str, Any]) -> tuple[Any, 
 
 @shows("bf16", "prediction_loss_only", "logging_strategy", "logging_first_step", "max_steps")
 @shows("callbacks", "logging_steps", "use_cpu")
-def test_shards_keep_fp32_masters_and_log_as_told(tmp_path: Path) -> None:
-    one, other = run_ranks(2, _mixed, str(tmp_path), {"fsdp": "full_shard"})
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_shards_keep_fp32_masters_and_log_as_told(tmp_path: Path, engine: str) -> None:
+    one, other = run_ranks(2, _mixed, str(tmp_path), ENGINES[engine])
     assert one == other == (None, {torch.float32}, [1, 2], 2)
+
+
+# ---- What is given as objects, and what is saved ----
+
+
+def _own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs.logits[:, :-1].flatten(0, 1).float()
+    total = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return total / num_items_in_batch
+
+
+def _given(world: RankInfo, folder: str, batch: int, changed: dict[str, Any]) -> tuple[Any, ...]:
+    """Losses with a loss function and collator of one's own; rates and losses with an optimizer of
+    one's own; and what going on from a model alone says."""
+    sizes: list[int] = []
+
+    def collate(rows: list[Any]) -> Any:
+        sizes.append(len(rows))
+        return default_data_collator(rows)
+
+    fields: dict[str, Any] = {"per_device_train_batch_size": batch, "max_steps": 3, **changed}
+    own = llama_trainer(
+        folder, compute_loss_func=_own_loss, data_collator=collate, model_init=tiny_llama, **fields
+    )
+    own.train()
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    given = llama_trainer(
+        folder,
+        model=model,
+        optimizers=(optimizer, schedule),
+        save_strategy="steps",
+        save_steps=2,
+        save_only_model=True,
+        **fields,
+    )
+    given.train()
+    with pytest.raises(CheckpointError, match="save_only_model") as refused:
+        llama_trainer(folder, **fields).train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    found = (logged(own, "loss"), logged(given, "loss"), logged(given, "learning_rate"))
+    return *found, set(sizes), type(refused.value).__name__
+
+
+@shows("compute_loss_func", "data_collator", "model_init", "optimizers", "save_only_model")
+@pytest.mark.parametrize("engine", EVERY_ENGINE)
+def test_shards_take_what_is_given_as_one_process_does(tmp_path: Path, engine: str) -> None:
+    alone = run_ranks(1, _given, str(tmp_path / "alone"), 4, {})[0]
+    one, other = run_ranks(2, _given, str(tmp_path / "both"), 2, ENGINES[engine])
+    assert one[:3] == other[:3]
+    for ours, expected in zip(one[:2], alone[:2], strict=True):
+        assert ours == pytest.approx(expected, rel=2e-5)
+    assert one[2] == alone[2] == [0.3, 0.15, 0.075]
+    assert one[3] == {2} and one[4] == alone[4]
+
+
+def _half(world: RankInfo, folder: str, changed: dict[str, Any]) -> tuple[Any, ...]:
+    fields: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **changed}
+    first = llama_trainer(folder, fp16=True, **fields)
+    first.train()
+    again = llama_trainer(
+        folder, fp16=True, **{**fields, "max_steps": 6, "overwrite_output_dir": True}
+    )
+    again.train()
+    masters = {p.dtype for p in first.model.parameters()}
+    return logged(first, "loss"), masters, logged_steps(again)
+
+
+@shows("fp16", "overwrite_output_dir")
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_shards_compute_in_fp16_and_go_on_in_a_directory_in_use(
+    tmp_path: Path, engine: str
+) -> None:
+    full = run_ranks(2, _half, str(tmp_path / "fp32"), {**ENGINES[engine], "fp16_opt_level": "O0"})
+    half = run_ranks(2, _half, str(tmp_path / "fp16"), ENGINES[engine])
+    assert half[0] == half[1] and half[0][1] == {torch.float32}
+    assert half[0][0] != full[0][0] and half[0][0] == pytest.approx(full[0][0], rel=1e-2)
+    assert half[0][2] == [1, 2, 3, 4, 5, 6]
+
+
+def _gathered(world: RankInfo, folder: str, level: str) -> tuple[Any, ...]:
+    """The losses, and the precision of a layer's weights while it computes."""
+    run = llama_trainer(
+        folder, fp16=True, fp16_opt_level=level, max_steps=2, fsdp="full_shard", data=Sentences(8)
+    )
+    seen: set[torch.dtype] = set()
+    linear = run.model.model.layers[0].self_attn.q_proj
+    linear.register_forward_hook(lambda module, *_: seen.add(module.weight.dtype))
+    run.train()
+    return logged(run, "loss"), seen, {p.dtype for p in run.model.parameters()}
+
+
+@shows("fp16_opt_level")
+def test_o2_on_shards_computes_with_fp16_weights_and_keeps_fp32_masters(tmp_path: Path) -> None:
+    by_level = {
+        level: run_ranks(2, _gathered, str(tmp_path / level), level)[0] for level in ("O0", "O2")
+    }
+    assert by_level["O0"][1:] == ({torch.float32}, {torch.float32})
+    assert by_level["O2"][1:] == ({torch.float16}, {torch.float32})
+    assert by_level["O2"][0] == pytest.approx(by_level["O0"][0], rel=1e-2)

@@ -110,13 +110,15 @@ def arguments(folder: Path | str, *, kind: type = TrainingArguments, **changed: 
 def trainer(folder: Path | str, *, data: Any = None, **changed: Any) -> Trainer:
     """A trainer of the tiny Llama; `changed` are arguments or the trainer's own parameters."""
     own = {name: changed.pop(name) for name in _TRAINER_PARAMETERS if name in changed}
-    own.setdefault("model", tiny_llama())
+    if "model_init" not in own:
+        own.setdefault("model", tiny_llama())
     data = Sentences(22) if data is None else data
     return Trainer(args=arguments(folder, **changed), train_dataset=data, **own)
 
 
 _TRAINER_PARAMETERS = (
     "model",
+    "model_init",
     "eval_dataset",
     "callbacks",
     "compute_metrics",

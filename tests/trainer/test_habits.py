@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.testing_utils import CaptureLogger
 
+from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
 from bigtrain.trainer.trainer import Trainer
 from tests.engine.harness import run_ranks
@@ -315,3 +316,69 @@ def test_padding_that_can_not_be_told_is_said_where_people_look(tmp_path: Path) 
         run.train()
     assert "Could not determine method to count non-padding tokens" in said.out
     assert run.state.num_input_tokens_seen == 4 * 16
+
+
+# ---- What scripts do with a trainer ----
+
+
+def test_a_loader_of_an_override_is_prepared_by_the_accelerator(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def get_train_dataloader(self) -> Any:
+            return self.accelerator.prepare(DataLoader(self.train_dataset, batch_size=8))
+
+    run = Own(model=Regression(), args=arguments(tmp_path), train_dataset=Points(32))
+    assert run.train().global_step == 8
+    beside = run.accelerator.prepare_model(Regression(), evaluation_mode=True)
+    assert isinstance(beside, Regression)
+    with pytest.raises(UnsupportedError, match="prepare_model"):
+        run.accelerator.prepare(run.model, run.optimizer)
+
+
+def test_an_evaluation_without_memory_is_no_reason_for_smaller_training_batches(
+    tmp_path: Path,
+) -> None:
+    class Own(Trainer):
+        tries = 0
+
+        def evaluation_loop(self, *_: Any, **__: Any) -> Any:
+            self.tries += 1
+            raise RuntimeError("CUDA out of memory.")
+
+    run = Own(
+        model=Regression(),
+        args=arguments(tmp_path, auto_find_batch_size=True, eval_strategy="epoch"),
+        train_dataset=Points(16),
+        eval_dataset=Points(4),
+    )
+    with pytest.raises(RuntimeError, match="reduce `per_device_eval_batch_size`"):
+        run.train()
+    assert run.tries == 1
+
+
+def test_the_norm_is_logged_without_clipping_whenever_a_log_comes(tmp_path: Path) -> None:
+    class AtThree(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_log = state.global_step == 3
+
+    fields: dict[str, Any] = {"max_grad_norm": 0, "num_train_epochs": 1}
+    by_epoch = regression(tmp_path, logging_strategy="epoch", **fields)
+    asked = regression(tmp_path, logging_steps=100, callbacks=[AtThree()], **fields)
+    for run in (by_epoch, asked):
+        run.train()
+        assert "grad_norm" in history(run)[0]
+
+
+def test_the_length_of_a_training_can_be_overridden(tmp_path: Path) -> None:
+    class Own(Trainer):
+        def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+            return (*super().set_initial_training_values(args, dataloader)[:-1], 3)
+
+    run = Own(model=Regression(), args=arguments(tmp_path), train_dataset=Points(32))
+    assert run.train().global_step == 3 and run.state.max_steps == 3
+
+
+def test_overwriting_continues_from_what_was_there_and_not_from_itself(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "num_train_epochs": 1}
+    run = regression(tmp_path, overwrite_output_dir=True, **fields)
+    first = run.train().training_loss
+    assert run.train().training_loss < first and len(history(run)) > 1
