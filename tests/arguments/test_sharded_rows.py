@@ -226,6 +226,10 @@ def _own_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> T
     return total / num_items_in_batch
 
 
+def _fresh() -> Any:
+    return tiny_llama()
+
+
 def _given(world: RankInfo, folder: str, batch: int, changed: dict[str, Any]) -> tuple[Any, ...]:
     """Losses with a loss function and collator of one's own; rates and losses with an optimizer of
     one's own; and what going on from a model alone says."""
@@ -237,7 +241,7 @@ def _given(world: RankInfo, folder: str, batch: int, changed: dict[str, Any]) ->
 
     fields: dict[str, Any] = {"per_device_train_batch_size": batch, "max_steps": 3, **changed}
     own = llama_trainer(
-        folder, compute_loss_func=_own_loss, data_collator=collate, model_init=tiny_llama, **fields
+        folder, compute_loss_func=_own_loss, data_collator=collate, model_init=_fresh, **fields
     )
     own.train()
     model = tiny_llama()
