@@ -289,7 +289,7 @@ class TrainerCore:
         """Whether any callback does something at it."""
         base = getattr(TrainerCallback, event)
         return type(self.callback_handler) is not CallbackHandler or any(
-            getattr(type(callback), event, None) is not base or event in vars(callback)
+            getattr(getattr(callback, event), "__func__", None) is not base
             for callback in self.callback_handler.callbacks
         )
 
