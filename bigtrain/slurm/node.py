@@ -38,7 +38,7 @@ def main() -> None:
 
 def _run(paths: list[str], environment: Mapping[str, str]) -> int:
     path = Path(_choose(paths, environment))
-    plan = read_plan(path)
+    plan = _plan_of_job(path, environment)
     seat = identity.read_seat(
         environment, interface=plan.interface, deadline_s=float(plan.join_timeout_s)
     )
@@ -74,6 +74,16 @@ def _choose(paths: list[str], environment: Mapping[str, str]) -> str:
     if not index.isdigit() or int(index) >= len(paths):
         raise LaunchError(f"job {index} of the array has no plan; there are {len(paths)}")
     return paths[int(index)]
+
+
+def _plan_of_job(path: Path, environment: Mapping[str, str]) -> RunPlan:
+    if not path.exists():
+        raise LaunchError(
+            f"{environment.get('SLURMD_NODENAME', 'this node')} has no {path}: a submitted run's "
+            "output_dir must be on storage that its nodes share; where each node keeps its own "
+            "part (training.save_on_each_node), start it with slurm/own_script.sbatch"
+        )
+    return read_plan(path)
 
 
 def _greet(plan: RunPlan, restarts: int, console: Console) -> None:

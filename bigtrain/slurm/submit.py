@@ -132,6 +132,11 @@ def _request(
             "max_restarts restarts ranks on one machine, and a Slurm job starts again as a whole; "
             "use cluster.slurm.max_requeues"
         )
+    if settings.spare_nodes and plans[0].training.get("save_on_each_node"):
+        raise ConfigError(
+            "cluster.slurm.spare_nodes: a spare node has no part of a checkpoint that each node "
+            "keeps on its own disk (training.save_on_each_node); leave out one of the two"
+        )
     return JobRequest(
         plans=plans,
         plan_paths=tuple(plan_path(plan) for plan in plans),

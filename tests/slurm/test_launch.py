@@ -193,6 +193,32 @@ def test_what_sbatch_refuses_leaves_no_attempt(folder: Path) -> None:
     assert [path for path in (folder / "runs").rglob("*") if path.is_file()] == []
 
 
+def test_a_spare_node_could_not_go_on_from_disks_that_are_not_shared(folder: Path) -> None:
+    words = ["--slurm", "--sbatch", "spare_nodes=1", "--set", "training.save_on_each_node=true"]
+
+    done = _launch(folder, *words, "--dry-run")
+
+    assert done.returncode == 2
+    assert "a spare node has no part of a checkpoint that each node keeps" in done.stderr
+
+
+def test_a_task_that_does_not_see_its_plan_says_what_must_be_shared(folder: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", "from bigtrain.slurm.node import main; main()"),
+            "/local/plans/attempt-01.json",
+        ],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(folder), "SLURMD_NODENAME": "node7"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 5
+    assert "node7 has no /local/plans/attempt-01.json: a submitted run's output_dir" in done.stderr
+
+
 def test_a_shell_on_a_node_of_the_job_is_told_of_srun(folder: Path) -> None:
     words = ["--nodes", "2", "--procs-per-node", "1"]
 

@@ -336,6 +336,37 @@ def test_an_elastic_run_goes_on_with_the_machines_that_are_left(run: Run) -> Non
     assert (run.folder / "out" / "checkpoint-300" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
+def test_nodes_with_disks_of_their_own_come_back_to_them_and_miss_one_by_name(run: Run) -> None:
+    own_disk = "mkdir -p out disk{disk}; mount --bind disk{disk} out; exec {python} "
+    by_hand = "{words} {head}:{port} --nodes 2 --node-rank {node} "
+    each = "--set training.save_on_each_node=true --set training.max_steps="
+
+    def start(port: int, steps: int, disks: tuple[int, int]) -> list[tuple[int, str]]:
+        text = own_disk + by_hand + each + str(steps)
+        fields = {"python": sys.executable, "words": " ".join(BY_HAND), "port": str(port)}
+        fields["head"] = run.bed.address(0)
+        processes = [
+            run.bed.popen_on(
+                node, "bash", "-c", text.format(disk=disk, node=node, **fields), cwd=run.folder
+            )
+            for node, disk in enumerate(disks)
+        ]
+        texts = [process.communicate(timeout=180)[0] for process in processes]
+        return [(p.returncode, text) for p, text in zip(processes, texts, strict=True)]
+
+    for code, text in start(29410, 6, (0, 1)):
+        assert code == 0, text
+    for disk in (0, 1):
+        assert (run.folder / f"disk{disk}" / "checkpoint-6" / "manifest.json").is_file()
+    first, second = start(29411, 9, (0, 1))
+    assert (first[0], second[0]) == (0, 0), first[1] + second[1]
+    assert re.search(r"going on from .*checkpoint-6\n", first[1]), first[1]
+    first, second = start(29412, 12, (0, 2))
+    assert first[0] != 0 and second[0] != 0
+    assert re.search(r"node1.*rank", first[1] + second[1]), first[1] + second[1]
+
+
 def _type_on(run: Run, node: int, command: tuple[str, ...]) -> subprocess.Popen[str]:
     words = [word.format(head=run.bed.address(0), node=node) for word in command]
     return run.bed.popen_on(node, sys.executable, *words, cwd=run.folder)
