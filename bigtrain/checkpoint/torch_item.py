@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from bigtrain.checkpoint.boxes import contiguous_strides
+from bigtrain.checkpoint.crc32 import crc32
 from bigtrain.checkpoint.dtypes import DType
 
 _ALIGNMENT = 64
@@ -126,7 +126,7 @@ def _write_record(
     """Append one record; the place of its content. Adds its entry to `directory`."""
     at = stream.tell()
     encoded = f"archive/{name}".encode()
-    size, crc = data.nbytes, zlib.crc32(data)
+    size, crc = data.nbytes, crc32(data)
     zip64 = struct.pack("<HHQQ", 1, 16, size, size) if size >= _ZIP64_FROM else b""
     short = min(size, _ZIP64_FROM)
     unpadded = at + 30 + len(encoded) + len(zip64)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 import xxhash
 
-from bigtrain.checkpoint.crc32 import combine_crc32
+from bigtrain.checkpoint.crc32 import combine_crc32, crc32
 from bigtrain.errors import CheckpointError
 
 _GAP_BYTES = 64 << 10
@@ -75,7 +74,7 @@ class _Passage:
     def take(self, data: memoryview) -> None:
         """The next bytes."""
         if self.record.xxh3 is None:
-            self.crc32 = zlib.crc32(data, self.crc32)
+            self.crc32 = crc32(data, self.crc32)
         elif self.xxh3 is not None:
             self.xxh3.update(data)
         self.reached += data.nbytes
@@ -177,11 +176,11 @@ def _combined_crc32(path: Path, record: Record, passages: Sequence[_Passage]) ->
             if passage.start < at or passage.reached == passage.start:
                 continue
             for piece in _read(path, file.fileno(), at, passage.start):
-                crc = zlib.crc32(piece, crc)
+                crc = crc32(piece, crc)
             crc = combine_crc32(crc, passage.crc32, passage.reached - passage.start)
             at = passage.reached
         for piece in _read(path, file.fileno(), at, record.stop):
-            crc = zlib.crc32(piece, crc)
+            crc = crc32(piece, crc)
     return crc
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import zlib
-
 import xxhash
+
+from bigtrain.checkpoint.crc32 import crc32
 
 
 class Digest:
@@ -19,7 +19,7 @@ class Digest:
         """The next bytes."""
         self._xxh3.update(data)
         if self.needs_crc:
-            self.crc32 = zlib.crc32(data, self.crc32)
+            self.crc32 = crc32(data, self.crc32)
 
     def copy(self) -> Digest:
         """Another one that has seen the same."""

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import pickle
 import struct
-import zlib
 from collections.abc import Sequence
 
 from bigtrain.checkpoint.boxes import contiguous_strides
 from bigtrain.checkpoint.consolidate.frames import OutputTensor
+from bigtrain.checkpoint.crc32 import crc32
 
 _ALIGNMENT = 64
 _ROOT = "archive"
@@ -70,7 +70,7 @@ class TorchFrame:
 
     def trailer(self, crcs: Sequence[int]) -> bytes:
         entries = [
-            _entry(at, name, len(content), zlib.crc32(content), flags=_UTF8)
+            _entry(at, name, len(content), crc32(content), flags=_UTF8)
             for at, name, content in self._small
         ]
         entries += [
@@ -84,7 +84,7 @@ class TorchFrame:
 
 
 def _small_record(at: int, name: str, content: bytes) -> bytes:
-    head = _local(name, _UTF8, zlib.crc32(content), len(content), _padding(at, name, 0))
+    head = _local(name, _UTF8, crc32(content), len(content), _padding(at, name, 0))
     return head + content
 
 
