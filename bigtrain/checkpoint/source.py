@@ -73,6 +73,8 @@ class Source:
     """Checks every checksum that a foreign source stores; how many there were."""
     is_own: bool = False
     """Whether bigtrain wrote and committed it."""
+    has_plain_names: bool = False
+    """Whether no engine or wrapper can have put a prefix before all names."""
     passed_over: tuple[tuple[Path, str], ...] = ()
     """Newer ones that could not be used, and why."""
 
@@ -220,6 +222,7 @@ def _read_own(path: Path, _trust_times: bool) -> Source:
         sets={MODEL: _weights(verified.index)},
         find_record=item_records(path, verified.parts),
         is_own=True,
+        has_plain_names=True,
     )
 
 
@@ -275,6 +278,7 @@ def _read_plain(path: Path, _trust_times: bool) -> Source:
         sets={MODEL: _weights(index)},
         find_record=no_records if safetensors else torch_file_records(),
         check_all=lambda: 0 if safetensors else check_torch_files(files),
+        has_plain_names=(path / "config.json").is_file(),
     )
 
 

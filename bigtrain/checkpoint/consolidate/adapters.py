@@ -25,6 +25,18 @@ _BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _PEFT = "base_model.model."
 _SAVED = "modules_to_save"
 _WRAPPED = ("base_layer", "original_module")
+_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+"""Ways to begin after which W is not what the model's own files say."""
+_OTHER_ARITHMETIC = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "megatron_config",
+    "monteclora_config",
+    "use_bdlora",
+    "use_qalora",
+)
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -38,9 +50,14 @@ class _Piece(NamedTuple):
     """`weight` or `bias`; of embeddings and magnitudes nothing."""
 
 
-def is_adapter(names: Iterable[str]) -> bool:
-    """Whether PEFT's low-rank adapters are among the tensors."""
-    return any(_piece(name) is not None for name in names)
+def is_adapter(names: Iterable[str], *, has_config: bool) -> bool:
+    """Whether these are a low-rank adapter of PEFT's, maybe with its model.
+
+    Some models have such tensors of their own, which PEFT knows nothing of.
+    """
+    every = list(names)
+    peft = has_config or any(name.startswith(_PEFT) for name in every)
+    return peft and any(_piece(name) is not None for name in every)
 
 
 def is_whole(names: Iterable[str]) -> bool:
@@ -62,7 +79,7 @@ def adapter_tensors(weights: Mapping[str, TensorEntry]) -> dict[str, TensorEntry
     return found
 
 
-def read_adapter_config(path: Path | None) -> dict[str, Any]:
+def read_adapter_config(path: Path | None, *, has_base: bool) -> dict[str, Any]:
     """PEFT's configuration of the adapter; CheckpointError where it can't be merged by it."""
     if path is None:
         raise CheckpointError(
@@ -74,6 +91,7 @@ def read_adapter_config(path: Path | None) -> dict[str, Any]:
         kind = config.get("peft_type")
     except (ValueError, AttributeError) as fault:
         raise CheckpointError(f"{path}: no JSON object ({fault}); it is damaged") from fault
+    initial = str(config.get("init_lora_weights", True)).lower()
     refused = {
         f"it is a {kind} adapter": kind != "LORA",
         "it uses DoRA": config.get("use_dora"),
@@ -81,6 +99,9 @@ def read_adapter_config(path: Path | None) -> dict[str, Any]:
         "it trains biases (bias)": config.get("bias", "none") != "none",
         "it trains single tokens": config.get("trainable_token_indices"),
         "it targets parameters": config.get("target_parameters"),
+        f"its beginning ({initial}) changed the model's own weights": not has_base
+        and initial.startswith(_CHANGE_THE_MODEL),
+        **{f"it uses {key}": config.get(key) for key in _OTHER_ARITHMETIC},
     }
     if reasons := [reason for reason, holds in refused.items() if holds]:
         raise CheckpointError(

@@ -24,6 +24,7 @@ from typing import IO, Any, NamedTuple
 from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.frames import OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile
+from bigtrain.checkpoint.consolidate.sink import write_all
 from bigtrain.checkpoint.staging import free_bytes, sync_directory
 from bigtrain.errors import CheckpointError
 
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".partial"
 _JOURNAL = "journal.jsonl"
 _BUFFER_BYTES = 1 << 20
+
+
+class KeptError(CheckpointError):
+    """Not the source's fault: what was written so far is kept, to go on with."""
 
 
 class _Entry(NamedTuple):
@@ -94,11 +99,13 @@ class FileJournal:
 
 
 class Staging:
-    """The directory in which the output is made. Only one process can have it open."""
+    """The directory in which the output is made. Only one process can have it open: it holds a
+    lock on the journal, which moves to the output's name along with what it is about."""
 
     def __init__(self, output: Path, *, fingerprint: str, resume: bool) -> None:
         self.output = output
         self.path = partial_of(output)
+        self._refuse_others()
         self._guard = threading.Lock()
         self._entries: dict[str, list[_Entry]] = {}
         try:
@@ -131,7 +138,7 @@ class Staging:
         blocks = sum(path.stat().st_blocks * 512 for path in there)
         free = free_bytes(self.path)
         if needed - blocks > free:
-            raise CheckpointError(
+            raise (KeptError if blocks else CheckpointError)(
                 f"no space for {self.output}: it takes {needed - blocks:,} bytes more, and "
                 f"{free:,} are free; free some, or choose another place or dtype"
             )
@@ -145,12 +152,17 @@ class Staging:
 
     def commit(self) -> None:
         """Give the finished output its name; it survives a loss of power afterwards."""
-        (self.path / _JOURNAL).unlink()
-        sync_directory(self.path)
-        with suppress(FileNotFoundError):
-            self.output.rmdir()  # empty: that was checked
-        self.path.rename(self.output)
-        sync_directory(self.output.parent)
+        try:
+            sync_directory(self.path)
+            self.path.rename(self.output)  # replaces an empty directory, and nothing else
+            sync_directory(self.output.parent)
+        except OSError as fault:
+            raise KeptError(
+                f"{self.path} is whole, but can't be named {self.output}: {fault.strerror}"
+            ) from fault
+        with suppress(OSError):  # a line too many in the directory harms nobody
+            (self.output / _JOURNAL).unlink()
+            sync_directory(self.output)
         self.close()
 
     def discard(self) -> None:
@@ -166,7 +178,27 @@ class Staging:
         try:
             fcntl.flock(self._journal.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CheckpointError(f"{self.output} is being written by another process") from None
+            raise self._busy() from None
+        try:
+            named = (self.path / _JOURNAL).stat()
+        except OSError:
+            raise self._busy() from None
+        if not os.path.samestat(os.fstat(self._journal.fileno()), named):
+            raise self._busy()  # it ended since we opened the journal
+
+    def _busy(self) -> CheckpointError:
+        return CheckpointError(f"{self.output} is being written by another process")
+
+    def _refuse_others(self) -> None:
+        """A directory of that name which is none of ours stays as it is."""
+        if self.path.is_dir() and not (self.path / _JOURNAL).is_file() and any(self.path.iterdir()):
+            raise self._not_ours()
+
+    def _not_ours(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path} is where {self.output.name} is made, but holds files that no "
+            "consolidation wrote; move it away or give another output"
+        )
 
     def _begin(self, fingerprint: str, *, resume: bool) -> None:
         self._journal.seek(0)
@@ -182,8 +214,13 @@ class Staging:
                 name = line.pop("file")
                 self._entries.setdefault(name, []).append(_Entry(**line))
             return
-        for path in self.path.iterdir():
-            if path.name != _JOURNAL:
+        others = [path for path in self.path.iterdir() if path.name != _JOURNAL]
+        if others and not isinstance(known, str):
+            raise self._not_ours()
+        for path in others:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
                 path.unlink()
         self._journal.truncate(0)
         self.append([{"fingerprint": fingerprint}])
@@ -196,6 +233,8 @@ def partial_of(output: Path) -> Path:
 
 def check_output(output: Path) -> None:
     """Raise unless `output` is free to be written."""
+    if os.path.ismount(output):
+        raise CheckpointError(f"{output} is where a disk begins; give a directory in it")
     if output.is_dir() and not any(output.iterdir()):
         return
     if output.exists() or output.is_symlink():
@@ -216,7 +255,7 @@ def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
 def _write_at(fd: int, data: bytes, *, end: int, digest: Digest) -> None:
     """Write the few bytes before `end`."""
     if data:
-        os.pwrite(fd, data, end - len(data))
+        write_all(fd, data, end - len(data))
         digest.update(data)
 
 

@@ -22,7 +22,7 @@ from bigtrain.checkpoint.consolidate.adapters import (
 from bigtrain.checkpoint.consolidate.casting import target_dtype
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile, output_format, plan_files
-from bigtrain.checkpoint.consolidate.naming import plain_names
+from bigtrain.checkpoint.consolidate.naming import AUTO, plain_names
 from bigtrain.checkpoint.consolidate.side_files import (
     CONFIG,
     find_side_files,
@@ -59,6 +59,8 @@ class Plan:
     side_files: dict[str, Path]
     config: dict[str, Any]
     warnings: tuple[str, ...]
+    leaves_out: bool
+    """Whether the source has trained weights that the output lacks."""
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +73,7 @@ class Plan:
             [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
             [(file.name, file.frame.header.hex()) for file in self.files],
             repr(self.choices),
+            repr([_strength(tensor) for file in self.files for tensor in file.tensors]),
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
@@ -103,7 +106,14 @@ def make_plan(source: Source, choices: Choices) -> Plan:
         side_files=content.side_files,
         config=with_dtype(config, _main_dtype(tensors)) if tensors else config,
         warnings=tuple(warnings),
+        leaves_out=content.is_adapter and len(content.tensors) < len(source.sets[choices.weights]),
     )
+
+
+def _strength(tensor: OutputTensor) -> tuple[float, bool] | None:
+    if tensor.update is None:
+        return None
+    return tensor.update.scaling, tensor.update.is_transposed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +135,7 @@ def _content(source: Source, choices: Choices) -> _Content:
     side_files = find_side_files(source.path)
     tied = ties_embeddings(read_config(side_files))
     named = _named(source, source.sets[choices.weights], choices.prefix, tied=tied)
-    if not is_adapter(named):
+    if not is_adapter(named, has_config=ADAPTER_CONFIG in side_files):
         if choices.merge_adapter:
             raise CheckpointError(f"{source.path} holds no LoRA adapter to merge")
         plain = {name: (entry, None) for name, entry in named.items()}
@@ -140,9 +150,10 @@ def _content(source: Source, choices: Choices) -> _Content:
 def _merged(
     source: Source, named: Mapping[str, TensorEntry], side_files: dict[str, Path]
 ) -> _Content:
-    config = read_adapter_config(side_files.pop(ADAPTER_CONFIG, None))
+    whole = is_whole(named)
+    config = read_adapter_config(side_files.pop(ADAPTER_CONFIG, None), has_base=whole)
     base: Mapping[str, TensorEntry] = {}
-    if not is_whole(named):
+    if not whole:
         where = Path(config.get("base_model_name_or_path") or "")
         if not where.name or not where.is_dir():
             raise CheckpointError(
@@ -169,6 +180,8 @@ def _named(
         for alias, owner in source.aliases.items():
             if owner in chosen and alias not in chosen:
                 everything[alias] = chosen[owner]
+    if source.has_plain_names and prefix == AUTO:
+        prefix = ""
     names = plain_names(
         [*everything, *(a for a in source.aliases if a not in everything)], prefix=prefix
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from bigtrain.checkpoint.consolidate.casting import KEEP, check_choice
-from bigtrain.checkpoint.consolidate.journal import Staging, check_output
+from bigtrain.checkpoint.consolidate.journal import KeptError, Staging, check_output
 from bigtrain.checkpoint.consolidate.layout import (
     SAFETENSORS,
     OutputFile,
@@ -26,6 +25,7 @@ from bigtrain.checkpoint.consolidate.layout import (
 )
 from bigtrain.checkpoint.consolidate.naming import AUTO
 from bigtrain.checkpoint.consolidate.plan import Choices, Plan, make_plan
+from bigtrain.checkpoint.consolidate.removal import check_removable, removed
 from bigtrain.checkpoint.consolidate.side_files import CONFIG
 from bigtrain.checkpoint.consolidate.stream import Copier, Stopped, WrittenFile
 from bigtrain.checkpoint.consolidate.summary import FileSummary, Moved, Summary
@@ -84,25 +84,26 @@ def consolidate(
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs is {jobs}; it must be at least 1")
     check_output(output)
+    output = output.resolve()
     found = open_source(source, step=step, trust_times=trust_times)
-    if remove_source and found.path.resolve() in (output.resolve(), *output.resolve().parents):
-        raise ConfigError(f"{output} lies inside {found.path}, which is to be removed")
     plan = make_plan(found, choices)
+    if remove_source:
+        check_removable(plan, output)
     verify = verify or remove_source
     staging = Staging(output, fingerprint=plan.fingerprint(), resume=resume)
     try:
         written, checked = _fill(plan, staging, jobs, progress, verify=verify)
         staging.commit()
-    except _SystemError:
+    except KeptError:
+        logger.warning("%s: kept, to go on with (--resume)", staging.path)
         raise
     except CheckpointError:
         staging.discard()
         raise
     finally:
         staging.close()
-    if remove_source:
-        shutil.rmtree(found.path)
-    return _summarise(plan, output, written, checked, verify, remove_source, started)
+    summary = _summarise(plan, output, written, checked, verify, started)
+    return removed(plan, summary) if remove_source else summary
 
 
 def _fill(
@@ -122,13 +123,8 @@ def _fill(
             read_back(plan.files, written, staging.path)
         _write_small(plan, staging)
     except OSError as fault:
-        logger.warning("%s: kept, to go on with (--resume)", staging.path)
-        raise _SystemError(f"{staging.path}: {fault.strerror or fault}") from fault
+        raise KeptError(f"{staging.path}: {fault.strerror or fault}") from fault
     return written, checked
-
-
-class _SystemError(CheckpointError):
-    """The system failed us; what was written is kept."""
 
 
 def _copy_all(
@@ -236,7 +232,6 @@ def _summarise(
     written: Sequence[WrittenFile],
     checked: str,
     verified: bool,
-    removed: bool,
     started: float,
 ) -> Summary:
     overflowed: dict[str, int] = {}
@@ -262,7 +257,7 @@ def _summarise(
         seconds=time.monotonic() - started,
         source_checked=checked,
         verified=verified,
-        source_removed=removed,
+        source_removed=False,
         overflowed=overflowed,
         warnings=tuple(warnings),
     )

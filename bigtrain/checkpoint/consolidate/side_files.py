@@ -38,6 +38,11 @@ def find_side_files(step: Path) -> dict[str, Path]:
     return found
 
 
+def is_side_file(name: str) -> bool:
+    """Whether it is one of those that go along with a model."""
+    return _KNOWN.match(name) is not None
+
+
 def read_config(files: dict[str, Path]) -> dict[str, Any]:
     """The model's configuration; empty when there is none."""
     if CONFIG not in files:

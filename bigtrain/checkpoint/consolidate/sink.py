@@ -27,6 +27,15 @@ class _Filled(NamedTuple):
     notes: list[Callable[[], object]]
 
 
+def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """All of `data`, from `offset` on: a disk that fills writes a part, and says so at the next."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(fd, left, offset)
+        offset += written
+        left = left[written:]
+
+
 class Sink:
     """The end of a file that grows from `offset` on. Use it in a `with`.
 
@@ -143,10 +152,8 @@ class Sink:
     def _write_all(self) -> None:
         while (data := self._checked.get()) is not None:
             self._digest.update(data)
-            written = 0
-            while written < data.nbytes:
-                written += os.pwrite(self._fd, data[written:], self._written + written)
-            self._written += written
+            write_all(self._fd, data, self._written)
+            self._written += data.nbytes
             self._free.put(memoryview(data.obj))
             if self._written - self._synced >= _SYNC_BYTES:
                 self._wake.set()

@@ -17,10 +17,10 @@ from pathlib import Path
 from bigtrain.checkpoint.consolidate.casting import Cast, make_cast
 from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
-from bigtrain.checkpoint.consolidate.journal import FileJournal
+from bigtrain.checkpoint.consolidate.journal import FileJournal, KeptError
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.product import Product
-from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
+from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink, write_all
 from bigtrain.checkpoint.dtypes import DTYPES
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
 from bigtrain.checkpoint.witness import RecordSource, Witness
@@ -110,7 +110,7 @@ class Copier:
                     end = frame.offsets[number] + tensor.nbytes
                     sink.note(partial(_enter, journal, hashes, tensor.name, own, end, infinite))
                 sink.put(frame.trailer(crcs))
-            os.pwrite(fd, frame.header, 0)
+            write_all(fd, frame.header, 0)
             os.fsync(fd)
         finally:
             os.close(fd)
@@ -316,7 +316,7 @@ class Copier:
         try:
             fd = os.open(path, os.O_RDONLY)
         except OSError as fault:
-            raise CheckpointError(f"{path}: can't be opened: {fault.strerror}") from fault
+            raise KeptError(f"{path}: can't be opened: {fault.strerror}") from fault
         self._open[file] = fd
         if len(self._open) > _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemWriter
 
-from bigtrain.checkpoint.consolidate import consolidate, run
+from bigtrain.checkpoint.consolidate import consolidate, removal, run
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
 from bigtrain.errors import BigtrainError, CheckpointError, ConfigError
 
@@ -182,7 +182,7 @@ def test_the_source_goes_only_after_the_output_is_synced_and_compared(
         )
     real_rmtree = shutil.rmtree
     monkeypatch.setattr(
-        run.shutil, "rmtree", lambda path, **k: (done.append("remove"), real_rmtree(path, **k))
+        removal.shutil, "rmtree", lambda path, **k: (done.append("remove"), real_rmtree(path, **k))
     )
 
     consolidate(tmp_path / "dcp", tmp_path / "out", remove_source=True)
