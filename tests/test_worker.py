@@ -121,6 +121,14 @@ def test_a_run_ends_with_a_model_that_transformers_loads(run_file: Path) -> None
         assert noise not in done.stdout + done.stderr, f"{done.stdout}\n{done.stderr}"
 
 
+def test_a_run_that_exports_never_ends_with_its_checkpoints_alone(run_file: Path) -> None:
+    words = ("--set", "training.export=never", "--engine", "single")
+    run(ALONE, run_file, *words)
+    out = run_file.parent / "out"
+    assert (out / "checkpoint-6").is_dir()
+    assert not list(out.glob("*.safetensors*")) + list(out.glob("config.json"))
+
+
 def test_an_evaluation_without_training_is_of_the_checkpoint(run_file: Path) -> None:
     run(LAUNCH, run_file)
     out = run_file.parent / "out"

@@ -9,6 +9,7 @@ integers, because a large run's checkpoint has millions.
 
 from __future__ import annotations
 
+import heapq
 import math
 from array import array
 from bisect import bisect_right
@@ -233,7 +234,7 @@ def tiling_fault(entry: TensorEntry) -> str | None:
         return None
     runs: Iterable[tuple[int, int]] = _runs(entry.extents)
     if is_interleaved:
-        runs = sorted(runs)
+        runs = _in_order(entry.extents)
     reached = 0
     for start, length in runs:
         if length == 0:
@@ -250,8 +251,45 @@ def tiling_fault(entry: TensorEntry) -> str | None:
     return None
 
 
+def _in_order(extents: Extents) -> Iterable[tuple[int, int]]:
+    """All runs by their starts. Of columns that lie side by side there are as many as the tensor
+    has rows, so whole sets of them count as one."""
+    rows = [extents.unlocated(position) for position in range(len(extents))]
+    blocks = _blocks(rows)
+    if blocks is not None:
+        return sorted(blocks)
+    return heapq.merge(*map(_runs_of, rows))
+
+
+def _blocks(rows: Sequence[Extent]) -> list[tuple[int, int]] | None:
+    """What extents of equal steps cover together; None where they leave gaps, or overlap."""
+    alike: dict[tuple[int, int], list[Extent]] = {}
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if row.runs == 1:
+            found.append((row.start, row.run))
+        else:
+            alike.setdefault((row.runs, row.stride), []).append(row)
+    for (runs, stride), columns in alike.items():
+        width = begin = 0
+        for row in sorted(columns, key=lambda row: row.start):
+            begin = begin if width else row.start
+            if row.start != begin + width or width + row.run > stride:
+                return None
+            width += row.run
+            if width == stride:
+                found.append((begin, runs * stride))
+                width = 0
+        if width:
+            return None
+    return found
+
+
 def _runs(extents: Extents) -> Iterator[tuple[int, int]]:
     for position in range(len(extents)):
-        row = extents.unlocated(position)
-        for k in range(row.runs):
-            yield row.start + k * row.stride, row.run
+        yield from _runs_of(extents.unlocated(position))
+
+
+def _runs_of(row: Extent) -> Iterator[tuple[int, int]]:
+    for k in range(row.runs):
+        yield row.start + k * row.stride, row.run

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -91,3 +92,36 @@ def test_a_missing_tensor_is_told_with_what_there_is() -> None:
         index.entry("w", "exp_avg")
     with pytest.raises(CheckpointError, match=r"no weight of x; of that name it has: nothing$"):
         index.entry("x", "weight")
+
+
+def columns(*, rows: int, width: int, cuts: Sequence[int]) -> TensorEntry:
+    """A matrix cut by columns at `cuts`."""
+    extents = [
+        Extent(0, 0, low, high - low, rows, width, 4 * (high - low))
+        for low, high in zip((0, *cuts), (*cuts, width), strict=True)
+    ]
+    return replace(entry([], shape=(rows, width)), extents=Extents(extents[::-1]))
+
+
+def test_columns_tile_and_what_they_lack_or_have_twice_is_named() -> None:
+    whole = columns(rows=3, width=8, cuts=(2, 5))
+    assert tiling_fault(whole) is None
+    rows = list(whole.extents)
+    lacking = replace(whole, extents=Extents(rows[:2]))
+    assert tiling_fault(lacking) == "weight of w: elements 5 to 8 are missing"
+    twice = replace(whole, extents=Extents([*rows, rows[0]]))
+    assert tiling_fault(twice) == "weight of w: elements 0 to 2 are stored twice"
+    shorter = [rows[0], rows[1], rows[2]._replace(runs=2)]
+    fault = tiling_fault(replace(whole, extents=Extents(shorter)))
+    assert fault == "weight of w: elements 21 to 24 are missing"
+    longer = replace(whole, shape=(2, 8))
+    assert tiling_fault(longer) == "weight of w: elements 16 to 24 are past its end"
+
+
+def test_the_memory_of_a_tiling_does_not_grow_with_the_rows() -> None:
+    large = columns(rows=10**10, width=2048, cuts=range(128, 2048, 128))
+    tracemalloc.start()
+    assert tiling_fault(large) is None
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20

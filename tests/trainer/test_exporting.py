@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from bigtrain.checkpoint.verify import verify_checkpoint
@@ -87,6 +87,24 @@ def test_the_exporting_process_says_what_is_wrong_and_runs_no_torch(tmp_path: Pa
     )
     assert done.returncode == 4
     assert done.stderr.strip() == f"{tmp_path / 'none'} does not exist"
+
+
+def test_what_a_killed_export_left_is_cleared_by_the_next(tmp_path: Path) -> None:
+    for step, mine in ((1, "journal"), (2, "own")):
+        partial = tmp_path / f"checkpoint-{step}" / "model.partial"
+        partial.mkdir(parents=True)
+        (partial / "model.safetensors").write_bytes(bytes(99))
+        if mine == "journal":
+            (partial / "journal.jsonl").write_text('{"fingerprint": "x"}\n')
+    source = tmp_path / "checkpoint-3"
+    source.mkdir()
+    save_file({"w": torch.arange(3)}, source / "model.safetensors")
+
+    subprocess.run([*exporting._COMMAND, str(source), str(source / "model")], check=True)
+
+    assert load_file(source / "model" / "model.safetensors")["w"].tolist() == [0, 1, 2]
+    left = [path.parent.name for path in tmp_path.glob("*/model.partial")]
+    assert left == ["checkpoint-2"]  # nothing says that it was ours
 
 
 @pytest.mark.parametrize(
