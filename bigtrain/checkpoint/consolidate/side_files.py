@@ -49,7 +49,7 @@ def read_config(files: dict[str, Path]) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(files[CONFIG].read_bytes())
-    except ValueError as fault:
+    except (ValueError, RecursionError) as fault:
         raise CheckpointError(f"{files[CONFIG]}: not JSON ({fault}); it is damaged") from fault
     return config if isinstance(config, dict) else {}
 

@@ -63,7 +63,7 @@ def _read_header(path: Path) -> tuple[Mapping[str, Any], int]:
             raise ValueError("the header is no JSON object")
     except OSError as fault:
         raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
-    except (ValueError, struct.error) as fault:
+    except (ValueError, RecursionError, struct.error) as fault:
         raise CheckpointError(
             f"{path}: not a safetensors file ({fault}); it is cut off or damaged"
         ) from fault
@@ -75,8 +75,10 @@ def _read_entry(
 ) -> TensorEntry:
     try:
         dtype = BY_SAFETENSORS[fields["dtype"]]
-        shape = tuple(int(length) for length in fields["shape"])
+        shape = tuple(fields["shape"])
         first, last = fields["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
+            raise ValueError
     except (KeyError, TypeError, ValueError) as fault:
         raise CheckpointError(f"{path}: the header's entry of {name} is malformed") from fault
     numel = math.prod(shape)

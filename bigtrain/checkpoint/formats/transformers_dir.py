@@ -41,9 +41,9 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else []
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise CheckpointError(f"{index}: not an index of weights; it is damaged") from fault
-    outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index}: names files outside of its directory: {outside}")
     return [directory / name for name in names]

@@ -269,3 +269,39 @@ def test_going_on_with_another_strength_of_the_adapter_is_refused(
     (source / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
     with pytest.raises(CheckpointError, match="begun from another source or with other options"):
         consolidate(source, tmp_path / "out", merge_adapter=True, resume=True)
+
+
+def with_header(fields: str) -> bytes:
+    text = ('{"w": {"dtype": "F32", ' + fields + "}}").encode()
+    return len(text).to_bytes(8, "little") + text + bytes(8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        with_header('"shape": [1], "data_offsets": ["0", 4]'),
+        with_header('"shape": [1], "data_offsets": [0.0, 4.0]'),
+        with_header('"shape": [-1, -1], "data_offsets": [0, 4]'),
+        with_header('"shape": [true], "data_offsets": [0, 4]'),
+        with_header('"shape": ["1"], "data_offsets": [0, 4]'),
+        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+)
+def test_a_malformed_header_is_refused_by_the_files_name(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*(malformed|damaged)"):
+        consolidate(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_malformed_index_or_configuration_is_refused(name: str, tmp_path: Path) -> None:
+    source = plain(tmp_path / "in")
+    (source / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"config\.json: not JSON"):
+        consolidate(source, tmp_path / "out")
+    (source / "model.safetensors").unlink()
+    for names in ('{"a": 5}', "[" * 100_000):
+        (source / f"{name}.index.json").write_text('{"weight_map": ' + names + "}")
+        with pytest.raises(CheckpointError, match="not an index of weights; it is damaged"):
+            consolidate(source, tmp_path / "out")
