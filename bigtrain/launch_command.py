@@ -183,9 +183,12 @@ def _submit(launch: Launch) -> int:
         return _show_job(plans, describe(plans, settings=settings), launch)
     taken = submit(plans, settings=settings, environment=launch.environment)
     if launch.as_json:
-        typer.echo(json.dumps({"kind": "submitted", "job_id": taken.job_id, "log": taken.log}))
+        told = {"kind": "submitted", "job_id": taken.job_id, "log": taken.log}
+        typer.echo(json.dumps(told | ({"notes": list(taken.notes)} if taken.notes else {})))
     else:
         typer.echo(f"job {taken.job_id}, {_shape(plans)}\nlog {taken.log}")
+        for note in taken.notes:
+            typer.echo(f"note: {note}", err=True)
     return 0
 
 
@@ -314,14 +317,24 @@ def _endpoint(text: str) -> tuple[str, int]:
 # Another launcher's ranks
 
 
-def _as_rank_of_step(launch: Launch) -> NoReturn:
+def _as_rank_of_step(launch: Launch) -> int:
     """This very process becomes the rank: Slurm's variables say which one."""
     _refuse_script(launch, "start one task per node (srun --ntasks-per-node=1), which forks them")
     command = [sys.executable, "-m", "bigtrain.worker", *_words(launch)]
-    _become(command, {**_QUIET, **launch.environment})
+    if launch.dry_run:
+        return _show(launch.plan(*_of_step(launch)), [shlex.join(command)], launch)
+    return _become(command, {**_QUIET, **launch.environment})
 
 
-def _elastic(launch: Launch) -> NoReturn:
+def _of_step(launch: Launch) -> list[Override]:
+    """The nodes and ranks that srun started."""
+    tasks = identity.tasks_of_step(launch.environment)
+    number = identity.nodes_of_step(launch.environment)
+    procs = Override(key="cluster.procs_per_node", value=tasks // number, origin="srun")
+    return [_nodes(number, "srun"), procs]
+
+
+def _elastic(launch: Launch) -> int:
     """torch elastic's own agent: it negotiates who takes part, and starts the ranks anew when
     machines come or go."""
     where = launch.where
@@ -345,8 +358,10 @@ def _elastic(launch: Launch) -> NoReturn:
         *("--rdzv-id", made.name, "--max-restarts", str(made.max_restarts or _ELASTIC_RESTARTS)),
         *("-m", "bigtrain.worker", *_words(launch)),
     ]
+    if launch.dry_run:
+        return _show(made, [shlex.join(command)], launch)
     said = {**launch.environment, **made.environment}
-    _become(
+    return _become(
         command,
         {
             **_QUIET,

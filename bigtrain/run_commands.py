@@ -118,10 +118,10 @@ def _output_dir(run: str) -> Path:
             return place
     if Path(run).suffix in (".yaml", ".yml") and Path(run).is_file():
         return _output_dir_of_file(Path(run))
-    from bigtrain.slurm.jobs import find_runs
+    from bigtrain.slurm.jobs import find_jobs
 
     try:
-        _, found = find_runs(run, environment=os.environ)
+        found = find_jobs(run, environment=os.environ)[0].runs  # the newest
     except LaunchError:
         raise ConfigError(
             f"{run} is neither a run file, nor a run's output directory (it has no logs), nor a "

@@ -8,6 +8,11 @@ from pathlib import Path
 
 from bigtrain.errors import LaunchError
 
+
+class NoAnswerError(LaunchError):
+    """A program was given up on. What it was asked for may have been done all the same."""
+
+
 _PATIENCE_S = 60.0
 """A busy controller takes seconds to answer; one that is away, for ever."""
 
@@ -24,7 +29,7 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
             "that has Slurm's commands, usually a login node"
         ) from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(
+        raise NoAnswerError(
             f"{command[0]} has not answered for {_PATIENCE_S:.0f} s; is Slurm's controller up? "
             "(scontrol ping)"
         ) from None

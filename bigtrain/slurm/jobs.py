@@ -46,20 +46,36 @@ def list_jobs(*, environment: Mapping[str, str], ended: bool = False) -> list[Jo
     return [_job(run, record.nodes, states) for record, run in known]
 
 
-def find_runs(target: str, *, environment: Mapping[str, str]) -> tuple[str, list[SubmittedRun]]:
-    """What a job's number, a run's name or its output directory means: the job's number, and the
-    runs, which are several where it means a whole sweep.
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """A job that was asked for: a run, or a whole sweep."""
 
-    Of several with that name or directory the newest. LaunchError where there is none.
+    job_id: str
+    """Of one run of an array's, with its index."""
+    cluster: str | None
+    runs: list[SubmittedRun]
+
+
+def find_jobs(target: str, *, environment: Mapping[str, str]) -> list[Found]:
+    """The jobs that a job's number, a run's name or its output directory means, newest first.
+
+    LaunchError where there is none.
     """
     directory = os.path.realpath(target)
+    found = []
     for record in remembered(environment=environment):
         for run in record.runs:
             is_place = directory == os.path.realpath(run.output_dir)
             if target in (run.job_id, run.name) or is_place:
-                return run.job_id, [run]
-        if target in (record.job_id, record.name):
-            return record.job_id or "", record.runs
+                found.append(Found(job_id=run.job_id, cluster=record.cluster, runs=[run]))
+                break
+        else:
+            if target in (record.job_id, record.name):
+                found.append(
+                    Found(job_id=record.job_id or "", cluster=record.cluster, runs=record.runs)
+                )
+    if found:
+        return found
     raise LaunchError(
         f"{target} is no job, run or output directory that bigtrain submitted; bigtrain jobs lists "
         "them, and scancel ends any other job"
@@ -67,10 +83,27 @@ def find_runs(target: str, *, environment: Mapping[str, str]) -> tuple[str, list
 
 
 def cancel(target: str, *, environment: Mapping[str, str]) -> str:
-    """End a job for good; returns its number. Its ranks save first, within Slurm's KillWait."""
-    job_id, _ = find_runs(target, environment=environment)
-    client.call(["scancel", job_id])
-    return job_id
+    """End a job for good; returns its number. Its ranks save first, within Slurm's KillWait.
+
+    LaunchError where `target` means several that have not ended.
+    """
+    found = find_jobs(target, environment=environment)
+    if len(found) > 1:
+        queue = _queue()
+        found = [job for job in found if any(run.job_id in queue for run in job.runs)]
+        if len(found) != 1:
+            raise LaunchError(_say_which(target, found))
+    (job,) = found
+    elsewhere = [f"--clusters={job.cluster}"] if job.cluster else []
+    client.call(["scancel", *elsewhere, job.job_id])
+    return job.job_id
+
+
+def _say_which(target: str, found: Sequence[Found]) -> str:
+    if not found:
+        return f"no job of {target} is in the queue; all have ended"
+    numbers = ", ".join(f"{job.job_id} ({job.runs[0].output_dir})" for job in found)
+    return f"{target} means several jobs; say which by its number: {numbers}"
 
 
 def last_step(output_dir: Path) -> int | None:

@@ -21,6 +21,9 @@ from bigtrain.slurm.record import SubmissionRecord, record_path
 VERDICT_VARIABLE = "BIGTRAIN_VERDICT"
 """A file for the run's exit code: srun itself leaves with the highest of all its tasks' codes."""
 
+_PATIENCE_S = 10.0
+"""For git on a disk that is slow: all other nodes wait."""
+
 
 def main() -> None:
     """Run this node's share of the plan, of several the one of this array job's index."""
@@ -91,7 +94,11 @@ def _greet(plan: RunPlan, restarts: int, console: Console) -> None:
     if restarts:
         console.say(f"{plan.name}: start {restarts + 1} of this job")
     record = SubmissionRecord.read(record_path(plan.output_dir, plan.attempt))
-    for line in _changes_since(record) if record else []:
+    try:
+        lines = _changes_since(record) if record else []
+    except LaunchError as error:
+        lines = [f"unknown: {error}"]
+    for line in lines:
         console.say(f"changed since the job was submitted: {line}")
 
 
@@ -99,7 +106,7 @@ def _changes_since(record: SubmissionRecord) -> list[str]:
     if record.snapshot is not None:
         return []
     if record.code is not None:
-        return provenance.changes(record.code)
+        return provenance.changes(record.code, patience_s=_PATIENCE_S)
     source = Path(record.source)
     if not source.is_file():
         return [f"{source} is gone"]

@@ -10,9 +10,11 @@ locked, and a run that was deleted only leaves a name behind.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -52,6 +54,8 @@ class SubmissionRecord:
     """Seconds since the epoch."""
     job_id: str | None = None
     """None until sbatch has given it."""
+    cluster: str | None = None
+    """Where it is not the one that Slurm's commands ask by themselves."""
     sweep: tuple[tuple[str, str], ...] = ()
     """Name and output directory of each run of an array, in the order of its indices."""
 
@@ -72,10 +76,22 @@ class SubmissionRecord:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             code = content.pop("code")
-            content["sweep"] = tuple((str(n), str(d)) for n, d in content.get("sweep", ()))
+            content["sweep"] = tuple((n, d) for n, d in content.get("sweep", ()))
             return cls(**content, code=CodeState.from_json(code) if code else None)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None
+
+    def __post_init__(self) -> None:
+        texts = [self.name, self.output_dir, self.script, self.source]
+        texts += [text for run in self.sweep for text in run]
+        if not all(isinstance(text, str) and text.isprintable() for text in texts):
+            raise ValueError("names and paths of a record are printable text")
+        if not isinstance(self.nodes, int) or not isinstance(self.snapshot, str | None):
+            raise TypeError("the record of a job holds values of other types")
+        if self.cluster is not None and not re.fullmatch(r"[\w.][\w.-]*", self.cluster):
+            raise ValueError(f"{self.cluster!r} is not the name of a cluster")
+        if self.job_id is not None and not re.fullmatch(r"\d+", self.job_id, re.ASCII):
+            raise ValueError(f"{self.job_id!r} is not the number of a job")
 
     def write(self, path: Path) -> None:
         """So that a reader sees all of it or what was there before."""
@@ -101,15 +117,18 @@ def remember(record: SubmissionRecord, path: Path, *, environment: Mapping[str, 
 
 
 def remembered(*, environment: Mapping[str, str]) -> Iterator[SubmissionRecord]:
-    """The records of this user's jobs that can still be read, newest first."""
+    """The records of this user's jobs that can still be read, newest first.
+
+    The number is the list's own: others may be able to write where the record lies.
+    """
     for entry in _newest_first(_list_of_jobs(environment)):
         try:
             path = Path(json.loads(entry.read_text(encoding="utf-8"))["record"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
         record = SubmissionRecord.read(path)
-        if record is not None:
-            yield record
+        if record is not None and re.fullmatch(r"\d+", entry.stem, re.ASCII):
+            yield dataclasses.replace(record, job_id=entry.stem)
 
 
 def _list_of_jobs(environment: Mapping[str, str]) -> Path:
@@ -118,5 +137,8 @@ def _list_of_jobs(environment: Mapping[str, str]) -> Path:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    entries = [(path.stat().st_mtime_ns, path) for path in folder.glob("*.json")]
+    entries = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(FileNotFoundError):  # another submission has just forgotten it
+            entries.append((path.stat().st_mtime_ns, path))
     return [path for _, path in sorted(entries, reverse=True)]

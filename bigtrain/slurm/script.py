@@ -24,6 +24,8 @@ from bigtrain.slurm.settings import SlurmSettings, signal_lead_s
 
 NODE_MODULE = "bigtrain.slurm.node"
 _PLACEHOLDERS = ("# @options", "# @setup", "# @run")
+# Options of ours that hold what the user said elsewhere.
+_SAID_BY = {"job-name": "name", "output": "output_dir"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +68,18 @@ class JobRequest:
 
 def render(request: JobRequest, *, template: str) -> str:
     """The batch script, whole. ConfigError where `template` lacks a placeholder."""
-    lines = template.splitlines()
+    lines = template.removesuffix("\n").split("\n")  # bash knows no other ends of lines
     missing = [name for name in _PLACEHOLDERS if lines.count(name) != 1]
     if missing:
         raise ConfigError(
             "the template of the batch script must have exactly one line "
             f"{' and one '.join(missing)}"
+        )
+    above = [line.strip() for line in lines[: lines.index("# @options")]]
+    if any(line and not line.startswith("#") for line in above):
+        raise ConfigError(
+            "the template of the batch script has a command before # @options, and sbatch reads no "
+            "options after the first one; move it below"
         )
     blocks = {
         "# @options": _option_lines(request),
@@ -163,12 +171,22 @@ def _gpu_options(request: JobRequest) -> dict[str, str | None]:
 
 
 def _option_lines(request: JobRequest) -> list[str]:
-    return [f"#SBATCH {_option(k, v, _quoted)}" for k, v in sbatch_options(request).items()]
+    options = sbatch_options(request)
+    torn = [k for k, v in options.items() if v is not None and not v.isprintable()]
+    if torn:  # what follows a line break would be a command of the script
+        raise ConfigError(
+            [
+                f"{_SAID_BY.get(k, f'cluster.slurm.{k}')}: {options[k]!r} can't be written in one "
+                "line of a batch script; leave out what is no printable character"
+                for k in torn
+            ]
+        )
+    return [f"#SBATCH {_option(k, v, _quoted)}" for k, v in options.items()]
 
 
 def _setup_lines(settings: SlurmSettings) -> list[str]:
     lines = [f"module load {shlex.quote(module)}" for module in settings.modules]
-    return lines + settings.setup.splitlines()
+    return [*lines, *settings.setup.removesuffix("\n").split("\n")] if settings.setup else lines
 
 
 def _run_lines(request: JobRequest) -> list[str]:

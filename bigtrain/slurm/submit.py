@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -11,25 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.cluster.rank import package_root
-from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.errors import BigtrainError, ConfigError, LaunchError
 from bigtrain.plan import RunPlan, write_plan
 from bigtrain.planning.output_dir import plan_path
 from bigtrain.sections import ClusterSection
 from bigtrain.share import bundled_file
 from bigtrain.slurm import client
+from bigtrain.slurm.client import NoAnswerError
 from bigtrain.slurm.partition import survey
-from bigtrain.slurm.provenance import (
-    CodeState,
-    hash_file,
-    read_code_state,
-    read_diff,
-    take_snapshot,
-)
+from bigtrain.slurm.provenance import CodeState, hash_file, read_code_state, read_diff
 from bigtrain.slurm.record import SubmissionRecord, record_path, remember
-from bigtrain.slurm.script import JobRequest, render, sbatch_flags
+from bigtrain.slurm.script import JobRequest, render, sbatch_flags, sbatch_options
 from bigtrain.slurm.settings import SlurmSettings, read_settings
+from bigtrain.slurm.snapshot import Snapshot
 
-_DEFAULT_TEMPLATE = "train.sbatch"
+_TEMPLATES = ("train.sbatch", "apptainer.sbatch")
+"""Those that are bundled; the first is the default."""
+_LARGE_SNAPSHOT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,9 @@ class Submission:
     job_id: str
     script: Path
     log: str
-    """Where the job's own output goes; `%j` stands for its number."""
+    """Where the job's own output goes."""
+    notes: tuple[str, ...] = ()
+    """What else the user should know."""
 
 
 def describe(plans: RunPlan | Sequence[RunPlan], *, settings: SlurmSettings) -> str:
@@ -59,46 +60,111 @@ def submit(
     `environment` is the caller's own: the job inherits it, and secrets with it, through Slurm.
     """
     plans = _several(plans)
-    source, code = plans[0], _code_of(plans[0])
-    snapshot: Path | None = None
-    if settings.snapshot:
-        snapshot = Path(source.output_dir) / "code" / f"attempt-{source.attempt:02d}"
-        plans = tuple(take_snapshot(plan, snapshot)[0] for plan in plans)
-    request = _request(plans, settings, package_root=_moved_package(code, snapshot))
+    places = [plan.output_dir for plan in plans]
+    cwd = Path(plans[0].working_dir)
+    code = read_code_state(cwd, outputs=[Path(os.path.commonpath(places))])
+    snapshot = Snapshot.of(plans[0], code) if settings.snapshot else None
+    if snapshot is not None:
+        plans = tuple(snapshot.moved(plan) for plan in plans)
+    request = _request(plans, settings, package_root=_moved_package(snapshot))
     text = _rendered(request)
+    claimed: list[RunPlan] = []
+    try:
+        record, notes = _write(request, text, code=code, snapshot=snapshot, claimed=claimed)
+        printed = _queue(Path(record.script), sbatch_flags(request), cwd=cwd)
+    except NoAnswerError as error:  # all is left as it is: the job may be in the queue
+        raise LaunchError(
+            f"{error}\nthe job may have been taken all the same: squeue --me"
+        ) from None
+    except (OSError, BigtrainError) as error:
+        _withdraw(claimed, snapshot)
+        if isinstance(error, BigtrainError):
+            raise
+        raise LaunchError(f"nothing was submitted: {error}; give another --output-dir") from None
+    return _taken(request, record, printed, notes=notes, environment=environment)
+
+
+def _write(
+    request: JobRequest,
+    text: str,
+    *,
+    code: CodeState | None,
+    snapshot: Snapshot | None,
+    claimed: list[RunPlan],
+) -> tuple[SubmissionRecord, list[str]]:
+    """All files of the job, but for its number; and what is to be said of them.
+
+    The runs whose attempt is taken by then are put into `claimed`.
+    """
     for plan, path in zip(request.plans, request.plan_paths, strict=True):
-        write_plan(plan, path)  # first: it claims the attempt
+        write_plan(plan, path)
+        claimed.append(plan)
+    notes = []
+    if snapshot is not None:
+        size = snapshot.take()
+        if size > _LARGE_SNAPSHOT_BYTES:
+            notes.append(
+                f"the snapshot has {size / 2**30:.1f} GiB ({snapshot.target}); what .gitignore "
+                "names is linked instead of copied"
+            )
     script = _write_script(request, text)
     record = _record(request, script, code, snapshot)
-    paths = [record_path(plan.output_dir, plan.attempt) for plan in plans]
-    _write_records(record, paths)
+    _write_records(record, request.plans)
+    return record, notes
+
+
+def _taken(
+    request: JobRequest,
+    record: SubmissionRecord,
+    printed: str,
+    *,
+    notes: list[str],
+    environment: Mapping[str, str],
+) -> Submission:
+    """The job is in the queue: whatever fails now, its number must be told."""
+    job_id, _, cluster = printed.partition(";")
+    if not job_id.isdigit():
+        raise LaunchError(f"sbatch took {record.script}, but gave no job number: {printed!r}")
+    record = dataclasses.replace(record, job_id=job_id, cluster=cluster or None)
     try:
-        job_id = _queue(script, sbatch_flags(request), cwd=Path(source.working_dir))
-    except LaunchError:
-        _withdraw([*request.plan_paths, *paths, script, script.with_suffix(".diff")], snapshot)
-        raise
-    record = dataclasses.replace(record, job_id=job_id)
-    _write_records(record, paths)
-    remember(record, paths[0], environment=environment)
-    log = settings.options.get("output") or str(request.log)
-    number = log.replace("%j", job_id).replace("%A", job_id)
-    return Submission(job_id=job_id, script=script, log=number)
+        _write_records(record, request.plans)
+        path = record_path(request.plan.output_dir, request.plan.attempt)
+        remember(record, path, environment=environment)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        notes = [
+            *notes,
+            f"bigtrain jobs and cancel will not know the job ({error}); use squeue and scancel",
+        ]
+    log = sbatch_options(request).get("output") or "slurm-%j.out"
+    return Submission(
+        job_id=job_id,
+        script=Path(record.script),
+        log=log.replace("%j", job_id).replace("%A", job_id),
+        notes=tuple(notes),
+    )
 
 
-def _write_records(record: SubmissionRecord, paths: Sequence[Path]) -> None:
+def _write_records(record: SubmissionRecord, plans: Sequence[RunPlan]) -> None:
     """Every run of a sweep finds its own, which says what all of them were made of."""
-    for path in paths:
+    for plan in plans:
+        path = record_path(plan.output_dir, plan.attempt)
         path.parent.mkdir(parents=True, exist_ok=True)
         record.write(path)
 
 
-def _withdraw(files: Sequence[Path], snapshot: Path | None) -> None:
+def _withdraw(plans: Sequence[RunPlan], snapshot: Snapshot | None) -> None:
     """A job that Slurm did not take was no attempt, and leaves none."""
-    for path in files:
-        path.unlink(missing_ok=True)
-    if snapshot is not None:
-        shutil.rmtree(snapshot, ignore_errors=True)
-    for folder in {path.parent for path in files}:
+    records = [record_path(plan.output_dir, plan.attempt) for plan in plans]
+    files = [plan_path(plan) for plan in plans]
+    files += [path.with_suffix(end) for path in records for end in (".json", ".sbatch", ".diff")]
+    folders = dict.fromkeys(path.parent for path in files)
+    if snapshot is not None and plans:
+        shutil.rmtree(snapshot.target, ignore_errors=True)
+        folders[snapshot.target.parent] = None
+    with contextlib.suppress(OSError):
+        for path in files:
+            path.unlink(missing_ok=True)
+    for folder in (*folders, *(Path(plan.output_dir) for plan in plans)):
         with contextlib.suppress(OSError):  # others' files are in it
             folder.rmdir()
 
@@ -168,29 +234,38 @@ def _share_of_cpus(settings: SlurmSettings, procs: int, *, device: str) -> int |
 
 def _rendered(request: JobRequest) -> str:
     name = request.settings.template
-    path = Path(name) if name and Path(name).is_file() else bundled_file(name or _DEFAULT_TEMPLATE)
-    return render(request, template=path.read_text(encoding="utf-8"))
+    path = Path(name) if name and Path(name).is_file() else _bundled_template(name)
+    try:
+        text = path.read_bytes().decode().replace("\r\n", "\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cluster.slurm.template: {path} can't be read: {error}") from None
+    return render(request, template=text)
+
+
+def _bundled_template(name: str | None) -> Path:
+    if name is not None and Path(name).name not in _TEMPLATES:
+        raise ConfigError(
+            f"cluster.slurm.template: {name} is no file, and no template of bigtrain's; those are "
+            f"{' and '.join(_TEMPLATES)}"
+        )
+    return bundled_file(name or _TEMPLATES[0])
 
 
 def _write_script(request: JobRequest, text: str) -> Path:
     path = record_path(request.plan.output_dir, request.plan.attempt).with_suffix(".sbatch")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
     return path
 
 
-def _code_of(plan: RunPlan) -> CodeState | None:
-    return read_code_state(Path(plan.working_dir))
-
-
-def _moved_package(code: CodeState | None, snapshot: Path | None) -> str | None:
+def _moved_package(snapshot: Snapshot | None) -> str | None:
     """bigtrain's own place in the snapshot, where the work tree is bigtrain's."""
-    is_own = snapshot is not None and code is not None and Path(code.root) == Path(package_root())
-    return str(snapshot) if is_own else None
+    is_own = snapshot is not None and snapshot.root == Path(package_root())
+    return str(snapshot.target) if snapshot is not None and is_own else None
 
 
 def _record(
-    request: JobRequest, script: Path, code: CodeState | None, snapshot: Path | None
+    request: JobRequest, script: Path, code: CodeState | None, snapshot: Snapshot | None
 ) -> SubmissionRecord:
     plan = request.plan
     sweep = [(plan.name, plan.output_dir) for plan in request.plans]
@@ -206,7 +281,7 @@ def _record(
         source=plan.source,
         source_sha256=hash_file(Path(plan.source)),
         code=code,
-        snapshot=None if snapshot is None else str(snapshot),
+        snapshot=None if snapshot is None else str(snapshot.target),
         nodes=plan.topology.nodes,
         submitted=time.time(),
         sweep=tuple(sweep) if len(sweep) > 1 else (),
@@ -214,9 +289,5 @@ def _record(
 
 
 def _queue(script: Path, flags: Sequence[str], *, cwd: Path) -> str:
-    # `--parsable` prints the number alone, with `;cluster` behind it where there are several.
-    job_id = client.call(["sbatch", "--parsable", *flags, str(script)], cwd=cwd)
-    job_id = job_id.strip().split(";")[0]
-    if not job_id.isdigit():
-        raise LaunchError(f"sbatch took {script}, but gave no job number: {job_id!r}")
-    return job_id
+    """What sbatch printed: the job's number, and `;cluster` behind it where it was told of one."""
+    return client.call(["sbatch", "--parsable", *flags, str(script)], cwd=cwd).strip()

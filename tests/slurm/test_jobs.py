@@ -1,0 +1,137 @@
+"""Which job is meant, and which one is ended: with a `scancel` that only notes its words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from bigtrain.cli import app
+from bigtrain.errors import LaunchError
+from bigtrain.slurm.jobs import cancel, list_jobs
+from bigtrain.slurm.record import SubmissionRecord, remember
+
+CONTENT: dict[str, Any] = {
+    "name": "tiny",
+    "output_dir": "runs/tiny",
+    "script": "s",
+    "script_sha256": "",
+    "source": "run.yaml",
+    "source_sha256": "",
+    "code": None,
+    "snapshot": None,
+    "nodes": 1,
+    "submitted": 0.0,
+    "job_id": "12",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, text in {
+        "scancel": f'echo "$@" >>{tmp_path}/scancel.log',
+        "squeue": f"cat {tmp_path}/queue",
+        "sacct": "exit 1",
+        "scontrol": "exit 1",
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "queue").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _submitted(home: Path, number: str, **content: Any) -> Path:
+    """The record of a job in this user's list, with anything in it."""
+    path = home / f"record-{number}.json"
+    record = SubmissionRecord(**CONTENT | {"job_id": number})
+    remember(record, path, environment={"XDG_STATE_HOME": str(home / "state")})
+    path.write_text(json.dumps(CONTENT | {"job_id": number} | content))
+    return path
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return {"XDG_STATE_HOME": str(home / "state")}
+
+
+def _told(home: Path) -> list[str]:
+    path = home / "scancel.log"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"output_dir": 5},
+        {"name": ["a"]},
+        {"name": "a\x1b[2J"},
+        {"job_id": "--user=root"},
+        {"job_id": 7},
+        {"nodes": "many"},
+        {"sweep": 3},
+        {"sweep": [["a", 5]]},
+        {"code": {"root": 1, "commit": "", "changed": {}}},
+        {"cluster": "--user=root"},
+        {"more": 1},
+    ],
+)
+def test_a_record_that_others_have_written_to_ends_no_other_job(
+    home: Path, content: dict[str, Any]
+) -> None:
+    _submitted(home, "12", **content)
+
+    assert list_jobs(environment=_environment(home), ended=True) == []
+    with pytest.raises(LaunchError, match="12 is no job, run or output directory"):
+        cancel("12", environment=_environment(home))
+    assert _told(home) == []
+
+
+def test_the_number_is_the_users_own_whatever_the_record_says(home: Path) -> None:
+    _submitted(home, "12", job_id="99")
+    assert cancel("tiny", environment=_environment(home)) == "12"
+    assert _told(home) == ["12"]
+
+
+def test_a_job_of_another_cluster_is_ended_there(home: Path) -> None:
+    _submitted(home, "12", cluster="big")
+    cancel("12", environment=_environment(home))
+    assert _told(home) == ["--clusters=big 12"]
+
+
+def test_of_several_jobs_with_a_name_the_one_that_still_runs_is_meant(home: Path) -> None:
+    for number in ("12", "13"):
+        _submitted(home, number)
+    (home / "queue").write_text("12|RUNNING|1:00|None\n99|RUNNING|1:00|None\n")
+    assert cancel("tiny", environment=_environment(home)) == "12"
+    assert _told(home) == ["12"]
+
+
+def test_of_several_that_run_none_is_guessed_and_of_none_it_is_said(home: Path) -> None:
+    for number in ("12", "13"):
+        _submitted(home, number)
+    (home / "queue").write_text("12|RUNNING|1:00|None\n13|PENDING|0:00|Priority\n")
+    with pytest.raises(LaunchError, match=r"several jobs; .* 13 \(runs/tiny\), 12 \(runs/tiny\)"):
+        cancel("tiny", environment=_environment(home))
+    (home / "queue").write_text("")
+    with pytest.raises(LaunchError, match="no job of tiny is in the queue; all have ended"):
+        cancel("tiny", environment=_environment(home))
+    assert _told(home) == []
+
+
+def test_a_sweep_is_ended_as_a_whole_or_by_run(home: Path) -> None:
+    runs = [["tiny/seed=1", "runs/tiny/seed=1"], ["tiny/seed=2", "runs/tiny/seed=2"]]
+    _submitted(home, "12", sweep=runs, output_dir="runs/tiny/seed=1")
+    for target in ("tiny/seed=2", "12_0", "tiny", "12"):
+        cancel(target, environment=_environment(home))
+    assert _told(home) == ["12_1", "12_0", "12", "12"]
+
+    (home / "queue").write_text("12_1|RUNNING|1:00|None\n")
+    done = CliRunner().invoke(app, ["jobs"])
+    assert [line.split()[:3] for line in done.output.splitlines()[1:]] == [
+        ["12_1", "tiny/seed=2", "RUNNING"]
+    ]
