@@ -4,11 +4,12 @@
 
 A Llama of about as many million parameters with AdamW's state, under FSDP2 on ranks of this
 machine. In each repeat, one after another on the same state: bigtrain in the background and at
-once, torch's `dcp.save`, its `async_save` by thread and by process, what accelerate and
-transformers' Trainer do for FSDP (two `dcp.save`), and, on the same model under ZeRO-2, DeepSpeed's
-own `save_checkpoint`. Then all that was written is loaded: into the same engine and size, ours
-also into ZeRO-2 and onto other numbers of ranks, DeepSpeed's also by way of `ds_to_universal` and
-by bigtrain. `blocked` is what the training loop waits; `done` is until the files are complete
+once, torch's `dcp.save`, its `async_save` by thread and by process, and, on the same model under
+ZeRO-2, DeepSpeed's own `save_checkpoint`; and transformers' Trainer itself under FSDP with sharded
+state dicts, in processes of its own (`transformers_saves.py`). Then all that was written is loaded:
+into the same engine and size, ours also into ZeRO-2 and onto other numbers of ranks, DeepSpeed's
+also by way of `ds_to_universal` and by bigtrain.
+`blocked` is what the training loop waits; `done` is until the files are complete
 (bigtrain's are hashed, synced and committed by then, the others' are in the page cache). `memory`
 is what a rank and its helpers took at most beyond what they had before the first save; bigtrain and
 DCP's async ways keep a copy of the state in it. Medians, seconds, of the slowest rank.
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
     parser.add_argument("--without-deepspeed", action="store_true")
+    parser.add_argument("--without-transformers", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
@@ -80,6 +82,8 @@ def main() -> int:
         found |= run_ranks(measure_fsdp, chosen, Path(folder), chosen.ranks)
         for ranks in (1, chosen.ranks + 1):
             found |= run_ranks(measure_other_size, chosen, Path(folder), ranks)
+        if not chosen.without_transformers:
+            found |= measure_transformers(chosen, Path(folder))
         if not chosen.without_deepspeed:
             for phase in (measure_deepspeed, measure_universal):
                 found |= run_ranks(phase, chosen, Path(folder), chosen.ranks)
@@ -151,19 +155,12 @@ def measure_fsdp(world: RankInfo, chosen: Any, folder: Path) -> dict[str, dict[s
             future.staging_completion.result()
         return upload.result  # type: ignore[no-any-return]
 
-    def by_accelerate(path: Path) -> Callable[[], Any]:
-        dcp.save({"model": get_model_state_dict(engine._model)}, checkpoint_id=path / "m")
-        saved = get_optimizer_state_dict(engine._model, optimizer)
-        dcp.save({"optimizer": saved}, checkpoint_id=path / "o")
-        return lambda: None
-
     ways: dict[str, Callable[[Path], Callable[[], Any]]] = {
         "bigtrain": lambda path: ours(path, wait=False),
         "bigtrain, async_save: false": lambda path: ours(path, wait=True),
         "dcp sync": by_dcp,
         "dcp async, thread": lambda path: by_dcp(path, AsyncCheckpointerType.THREAD),
         "dcp async, process": lambda path: by_dcp(path, AsyncCheckpointerType.PROCESS),
-        "accelerate, transformers (FSDP)": by_accelerate,
     }
     found = measure_saves(ways, world, folder, chosen.repeats)
     loads: dict[str, Callable[[], Any]] = {
@@ -173,6 +170,23 @@ def measure_fsdp(world: RankInfo, chosen: Any, folder: Path) -> dict[str, dict[s
     measure_loads(loads, found, chosen.repeats)
     saver.close()
     return found
+
+
+def measure_transformers(chosen: Any, folder: Path) -> dict[str, dict[str, list[float]]]:
+    """transformers' Trainer, as its users have it."""
+    own = folder / "transformers"
+    own.mkdir()
+    script = Path(__file__).with_name("transformers_saves.py")
+    command = [sys.executable, "-m", "bigtrain", "launch", str(script), "--engine", "fsdp"]
+    command += ["--procs-per-node", str(chosen.ranks), "--output-dir", str(own / "logs")]
+    command += ["--env", "FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT", "--"]
+    words = [str(own), str(chosen.parameters), str(chosen.repeats)]
+    done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"transformers_saves.py: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+    found = json.loads((own / "answer.json").read_text())
+    shutil.rmtree(own)
+    return {"transformers' Trainer (FSDP)": found}
 
 
 def measure_deepspeed(

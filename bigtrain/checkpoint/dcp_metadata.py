@@ -20,6 +20,24 @@ from bigtrain.checkpoint.pieces import MODEL_KINDS
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _FILE_SYSTEM = "torch.distributed.checkpoint.filesystem"
+_GLOBALS = {
+    name: number
+    for number, name in enumerate(
+        (
+            (_METADATA, "ChunkStorageMetadata"),
+            (_METADATA, "MetadataIndex"),
+            (_FILE_SYSTEM, "_StorageInfo"),
+            ("torch", "Size"),
+        )
+    )
+}
+_WORDS = {
+    word: number
+    for number, word in enumerate(
+        ("offsets", "sizes", "fqn", "index", "offset", "relative_path", "length"), len(_GLOBALS)
+    )
+}
+"""What each of hundreds of thousands of pieces names; by place in the pickle's memo."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +105,17 @@ def _metadata(
     objects: Mapping[str, tuple[str, int, int]],
     planner: Mapping[str, tuple[str | int, ...]],
 ) -> Iterable[bytes]:
-    yield b"\x80\x04" + _new(_METADATA, "Metadata") + b"}("
+    yield b"\x80\x04"
+    yield b"".join(_known(_spelled(*each)) for each in _GLOBALS)
+    yield b"".join(_known(_text(each)) for each in _WORDS)
+    yield _new(_METADATA, "Metadata") + b"}("
     yield _text("state_dict_metadata") + b"}("
     for key, tensor in tensors.items():
         yield _text(key)
         yield from _tensor(tensor)
     for key in objects:
         yield _text(key) + _new(_METADATA, "BytesStorageMetadata")
-    yield b"u" + _text("planner_data") + _plain(dict(planner))
-    yield _text("storage_data") + b"}("
+    yield b"u" + _text("storage_data") + b"}("
     for key, tensor in tensors.items():
         for number, chunk in enumerate(tensor.chunks.values()):
             yield _index(key, _size(chunk.box.offsets), _integer(number))
@@ -104,7 +124,9 @@ def _metadata(
         yield _index(key, b"N", b"N") + _storage(file, begin, length)
     yield b"u" + _text("storage_meta") + _new(_METADATA, "StorageMeta") + b"}("
     yield b"".join(_text(name) + b"N" for name in ("checkpoint_id", "save_id", "load_id"))
-    yield _text("modules") + b"]ub" + _text("version") + b"N" + b"ub."
+    yield _text("modules") + b"]ub" + _text("version") + b"N"
+    # Last, because it fills the pickle's memo anew.
+    yield _text("planner_data") + _plain(dict(planner)) + b"ub."
 
 
 def _tensor(tensor: _Tensor) -> Iterable[bytes]:
@@ -118,9 +140,9 @@ def _tensor(tensor: _Tensor) -> Iterable[bytes]:
         yield (
             _new(_METADATA, "ChunkStorageMetadata")
             + b"}("
-            + _text("offsets")
+            + _word("offsets")
             + _size(chunk.box.offsets)
-            + _text("sizes")
+            + _word("sizes")
             + _size(chunk.box.sizes)
             + b"ub"
         )
@@ -128,24 +150,42 @@ def _tensor(tensor: _Tensor) -> Iterable[bytes]:
 
 
 def _index(key: str, offset: bytes, number: bytes) -> bytes:
-    fields = _text("fqn") + _text(key) + _text("index") + number + _text("offset") + offset
+    fields = _word("fqn") + _text(key) + _word("index") + number + _word("offset") + offset
     return _new(_METADATA, "MetadataIndex") + b"}(" + fields + b"ub"
 
 
 def _storage(file: str, begin: int, length: int) -> bytes:
     fields = (
-        _text("relative_path")
+        _word("relative_path")
         + _text(file)
-        + _text("offset")
+        + _word("offset")
         + _integer(begin)
-        + _text("length")
+        + _word("length")
         + _integer(length)
     )
     return _new(_FILE_SYSTEM, "_StorageInfo") + b"}(" + fields + b"ub"
 
 
+def _known(value: bytes) -> bytes:
+    """`value`, which is on the stack, put where `BINGET` finds it and taken off again."""
+    return value + b"\x940"
+
+
 def _global(module: str, name: str) -> bytes:
+    """A name of what is in the pickle often: said once, at its beginning."""
+    number = _GLOBALS.get((module, name))
+    if number is None:
+        return _spelled(module, name)
+    return b"h" + bytes([number])
+
+
+def _spelled(module: str, name: str) -> bytes:
     return f"c{module}\n{name}\n".encode()
+
+
+def _word(value: str) -> bytes:
+    """The name of a field, said once as well."""
+    return b"h" + bytes([_WORDS[value]])
 
 
 def _new(module: str, name: str) -> bytes:

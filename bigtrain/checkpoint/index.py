@@ -74,14 +74,20 @@ class Extents(Sequence[Extent]):
 
     @classmethod
     def of_single_runs(
-        cls, *, file: array[int], offset: array[int], start: array[int], run: array[int]
+        cls,
+        *,
+        file: array[int],
+        offset: array[int],
+        start: array[int],
+        run: array[int],
+        locate: Callable[[int, int], int] | None = None,
     ) -> Extents:
         """Extents of one run each, by columns."""
         columns = [file, offset, start, run]
         if not all(map(le, start, islice(start, 1, None))):
             order = sorted(range(len(start)), key=start.__getitem__)
             columns = [array("q", map(column.__getitem__, order)) for column in columns]
-        extents = cls()
+        extents = cls(locate=locate)
         extents._length = len(start)
         once, none = _Same(1, len(start)), _Same(0, len(start))
         extents._columns = (*columns, once, none, none, none)

@@ -82,18 +82,21 @@ class InertUnpickler(pickle.Unpickler):
         persistent: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(stream)
-        self._names = {("collections", "OrderedDict"): _plain_dict(), **(names or {})}
+        self._names = {
+            **_SAFE,
+            ("collections", "OrderedDict"): _plain_dict(),
+            **(names or {}),
+        }
         self._persistent = persistent
 
     def find_class(self, module: str, name: str, /) -> Any:
-        key = (module, name)
-        if key in _SAFE:
-            return _SAFE[key]
-        if key not in self._names:
-            qualified = f"{module}.{name}"
+        try:
+            return self._names[module, name]
+        except KeyError:
             # Also of values such as torch.float32, which `read_name` then tells by that name.
-            self._names[key] = type("Stub", (Inert,), {"qualified": qualified})
-        return self._names[key]
+            stub = type("Stub", (Inert,), {"qualified": f"{module}.{name}"})
+            self._names[module, name] = stub
+            return stub
 
     def persistent_load(self, pid: Any, /) -> Any:
         if self._persistent is None:
@@ -101,14 +104,22 @@ class InertUnpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
+def plain_record() -> type[Any]:
+    """A class whose objects are only the attributes that a pickle gives them: for what it has
+    hundreds of thousands of. Made afresh, as a pickle can set attributes of the class, too."""
+    return type("Record", (), {})
+
+
 def _plain_dict() -> type[dict[Any, Any]]:
     """A dict that drops the attributes a pickle gives it: a module's state dict has some."""
     return type("OrderedDict", (dict,), {"__setstate__": lambda self, state: None})
 
 
-def read_pickle(stream: IO[bytes], *, path: Path) -> Any:
+def read_pickle(
+    stream: IO[bytes], *, path: Path, names: Mapping[tuple[str, str], Any] | None = None
+) -> Any:
     """The structure of the pickle in `stream`; `path` is for the error's text."""
-    return load(InertUnpickler(stream), path=path)
+    return load(InertUnpickler(stream, names=names), path=path)
 
 
 def load(unpickler: InertUnpickler, *, path: Path) -> Any:
@@ -134,6 +145,11 @@ def without_collecting() -> Iterator[None]:
         yield
     finally:
         if was_on:
+            if not gc.get_freeze_count():
+                # They count as old from now on: else the next object made would have all of them
+                # looked through.
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class ZeroState:
         if kind != "step" and all(
             tuple(source.shape(member.name, kind)) == member.shape for member in having
         ):
-            moment = torch.zeros_like(group.master, requires_grad=False)
+            moment = _with_zeros_between(group.master, having)
             for member in having:
                 placed = self._place_moment(group, member, kind, moment)
                 read_placed(source, member.name, kind, placed)
@@ -197,6 +197,19 @@ class ZeroState:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if kept := getattr(self._zero, "persistent_parameters", None):
             kept[0].all_gather(kept)
+
+
+def _with_zeros_between(master: Tensor, members: Sequence[Member]) -> Tensor:
+    """A flat tensor like the master, zero wherever no member's elements will be: to clear all of
+    it takes as long as to read it."""
+    made = torch.empty_like(master, requires_grad=False)
+    end = 0
+    for member in sorted(members, key=lambda member: member.offset):
+        if member.length:
+            made[end : member.offset] = 0
+            end = member.offset + member.length
+    made[end:] = 0
+    return made
 
 
 def _slice(master: Tensor, member: Member) -> tuple[int, Tensor]:

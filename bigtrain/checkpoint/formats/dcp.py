@@ -10,7 +10,9 @@ say `optimizer` for `optim` (accelerate), and torchtitan, which flattens the opt
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+import math
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,14 @@ from typing import Any, NamedTuple
 from bigtrain.checkpoint.boxes import Box, box_extents, contiguous_strides
 from bigtrain.checkpoint.dtypes import DType, dtype_named
 from bigtrain.checkpoint.index import WEIGHT, Extent, Extents, TensorEntry, TensorIndex
-from bigtrain.checkpoint.inert import Inert, class_name, read_name, read_pickle, without_collecting
+from bigtrain.checkpoint.inert import (
+    Inert,
+    class_name,
+    plain_record,
+    read_name,
+    read_pickle,
+    without_collecting,
+)
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -76,14 +85,14 @@ def _index(found: _Directory, *, tells_bare: bool) -> TensorIndex:
     is_bare = tells_bare and not all(key.startswith(f"{MODEL}.") for key in weights)
     chunks: dict[tuple[int, int], _Chunk] = {}
     entries: dict[tuple[str, str], TensorEntry] = {}
+
+    def locate(file: int, offset: int) -> int:
+        return _locate(found, chunks[file, offset])
+
     for key, (dtype, shape, boxes) in found.tensors.items():
-        extents: list[Extent] = []
-        for box in boxes:
-            item = _item_of(found, key, box)
+        items = [_item_of(found, key, box) for box in boxes]
+        for item, box in zip(items, boxes, strict=True):
             chunks[item.file, item.offset] = _Chunk(key, box)
-            extents += box_extents(
-                shape, box, file=item.file, offset=item.offset, itemsize=dtype.itemsize
-            )
         name, kind = split_key(key)
         if is_bare and kind == WEIGHT:
             name = key
@@ -92,11 +101,42 @@ def _index(found: _Directory, *, tells_bare: bool) -> TensorIndex:
             kind=kind,
             shape=shape,
             dtype=dtype,
-            extents=Extents(
-                extents, locate=lambda file, offset: _locate(found, chunks[file, offset])
+            extents=_extents(
+                shape,
+                dtype,
+                boxes,
+                items,
+                lambda file, offset: _locate(found, chunks[file, offset]),
             ),
         )
     return TensorIndex(files=found.files, entries=entries, param_groups=_read_groups(found))
+
+
+def _extents(
+    shape: tuple[int, ...],
+    dtype: DType,
+    boxes: Sequence[Box],
+    items: Sequence[_Item],
+    locate: Callable[[int, int], int],
+) -> Extents:
+    inner = shape[1:]
+    if shape and all(sizes[1:] == inner and not any(at[1:]) for at, sizes in boxes):
+        # Whole rows, as FSDP cuts them: of a large model there are hundreds of thousands.
+        row = math.prod(inner)
+        filled = [(b, i) for b, i in zip(boxes, items, strict=True) if b.sizes[0] and row]
+        return Extents.of_single_runs(
+            file=array("q", [item.file for _, item in filled]),
+            offset=array("q", [item.offset for _, item in filled]),
+            start=array("q", [box.offsets[0] * row for box, _ in filled]),
+            run=array("q", [box.sizes[0] * row for box, _ in filled]),
+            locate=locate,
+        )
+    extents: list[Extent] = []
+    for box, item in zip(boxes, items, strict=True):
+        extents += box_extents(
+            shape, box, file=item.file, offset=item.offset, itemsize=dtype.itemsize
+        )
+    return Extents(extents, locate=locate)
 
 
 def split_key(key: str) -> tuple[str, str]:
@@ -119,7 +159,12 @@ def _read_metadata(directory: Path) -> _Directory:
         data = path.read_bytes()
     except OSError as fault:
         raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
-    metadata = read_pickle(io.BytesIO(data), path=path)
+    many = {
+        ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"): plain_record(),
+        ("torch.distributed.checkpoint.metadata", "MetadataIndex"): plain_record(),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): plain_record(),
+    }
+    metadata = read_pickle(io.BytesIO(data), path=path, names=many)
     try:
         return _parse(directory, metadata.fields)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as fault:
@@ -132,7 +177,7 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
     files: dict[str, int] = {}
     items: dict[tuple[str, tuple[int, ...] | None], _Item] = {}
     for index, info in metadata["storage_data"].items():
-        where = info.fields
+        where = vars(info)
         if where.get("transform_descriptors"):
             raise CheckpointError(
                 f"{directory}: stored through the transforms {where['transform_descriptors']}, "
@@ -141,8 +186,9 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
         name = where["relative_path"]
         if name not in files:
             files[_inside(directory, name)] = len(files)
-        item = _Item(file=files[name], offset=where["offset"], length=where["length"])
-        items[index.fields["fqn"], index.fields.get("offset")] = item
+        item = _Item(files[name], where["offset"], where["length"])
+        place = vars(index)
+        items[place["fqn"], place.get("offset")] = item
     tensors = {}
     objects = set()
     for key, stored in metadata["state_dict_metadata"].items():
@@ -162,8 +208,7 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
 def _parse_tensor(stored: Inert) -> tuple[DType, tuple[int, ...], tuple[Box, ...]]:
     dtype_name = read_name(stored.fields["properties"].state[0]) or ""
     boxes = tuple(
-        Box(tuple(chunk.fields["offsets"]), tuple(chunk.fields["sizes"]))
-        for chunk in stored.fields["chunks"]
+        Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.fields["chunks"]
     )
     return dtype_named(dtype_name.removeprefix("torch.")), tuple(stored.fields["size"]), boxes
 
