@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bigtrain.engine import precision, process_group, rank_zero, zero_layout
+from bigtrain.engine.opaque import seat_of
 from bigtrain.engine.protocol import LocalTensor, StateSource, StepResult
 from bigtrain.engine.state import load_groups, named_parameters, optimized_names, plain_groups
 from bigtrain.engine.zero_state import ZeroState
@@ -77,7 +78,7 @@ class DeepSpeedEngine:
         self._model = model
         if optimizer is None and self._settings.zero_stage < 3:
             # Stages 1 and 2 are about training only; there is nothing to cut.
-            self._state = ZeroState(model, None, is_main=self._world.is_main, trains=False)
+            self._state = ZeroState(model, None, seat=seat_of(self.name, self._world), trains=False)
             return model
         return self._initialize(model, optimizer, names)
 
@@ -222,7 +223,7 @@ class DeepSpeedEngine:
         self._state = ZeroState(
             model,
             self._deepspeed.optimizer,
-            is_main=self._world.is_main,
+            seat=seat_of(self.name, self._world),
             trains=optimizer is not None,
         )
         if optimizer is not None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bigtrain.engine.opaque import Seat, is_opaque, keep, own_kinds, rebuilt
 from bigtrain.engine.protocol import BUFFER, WEIGHT, LocalTensor, StateSource
 from bigtrain.errors import CheckpointError, ConfigError
 
@@ -142,6 +143,14 @@ def load_scalar(
     return value
 
 
+def load_opaque(source: StateSource, name: str, stored: str, device: torch.device) -> Tensor:
+    """What this rank has kept of its own."""
+    dtype, shape = source.kinds(name)[stored], tuple(source.shape(name, stored))
+    value = torch.empty(shape, dtype=dtype, device=device)
+    read_flat(source, name, stored, 0, value)
+    return value
+
+
 def whole(tensor: Tensor, *, owned: bool) -> Placement:
     """A tensor of which every rank holds all."""
     return Placement(shape=tuple(tensor.shape), start=0, local=tensor.detach(), owned=owned)
@@ -150,12 +159,11 @@ def whole(tensor: Tensor, *, owned: bool) -> Placement:
 class TrainingState:
     """A model and its optimizer, seen as named pieces that this rank holds.
 
-    `place` says where a parameter's elements lie; `is_main` is true on the one rank that writes
-    what all ranks hold whole.
+    `place` says where a parameter's elements lie; rank 0 writes what all ranks hold whole.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer | None, *, place: Place, is_main: bool
+        self, model: nn.Module, optimizer: Optimizer | None, *, place: Place, seat: Seat
     ) -> None:
         # Kept, because FSDP swaps a module's parameters while they are gathered.
         self.parameters = named_parameters(model)
@@ -163,7 +171,8 @@ class TrainingState:
         self.optimizer = optimizer
         self._names = optimized_names(model, optimizer) if optimizer is not None else []
         self._place = place
-        self._is_main = is_main
+        self._seat = seat
+        self._is_main = seat.rank == 0
 
     def weights(self) -> Iterator[LocalTensor]:
         """This rank's pieces of the parameters, then of the buffers."""
@@ -179,7 +188,7 @@ class TrainingState:
             for name, parameter in zip(names, group["params"], strict=True):
                 for kind, value in optimizer.state.get(parameter, {}).items():
                     if value is not None:
-                        yield from pieces(name, kind, self._place_moment(name, kind, value))
+                        yield from self._pieces_of_moment(name, kind, value)
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's groups as plain values, with parameters by name."""
@@ -203,10 +212,22 @@ class TrainingState:
                 moments = {
                     kind: self._load_moment(source, name, kind, parameter, group)
                     for kind in source.kinds(name)
-                    if kind not in (WEIGHT, BUFFER)
+                    if kind not in (WEIGHT, BUFFER) and not is_opaque(kind)
                 }
+                for kind, stored in own_kinds(name, source.kinds(name), self._seat).items():
+                    local = load_opaque(source, name, stored, parameter.device)
+                    moments[kind] = rebuilt(stored, local, parameter)
                 if moments:
                     optimizer.state[parameter] = moments
+
+    def _pieces_of_moment(self, name: str, kind: str, value: Any) -> Iterator[LocalTensor]:
+        parameter = self.parameters[name]
+        is_cut = self._place(parameter).local.shape != parameter.shape
+        if isinstance(value, Tensor) and is_cut and value.ndim and value.shape != parameter.shape:
+            kept = keep(kind, value, self._seat)
+            yield from pieces(name, kept.kind, whole(kept.local, owned=True))
+        else:
+            yield from pieces(name, kind, self._place_moment(name, kind, value))
 
     def _place_moment(self, name: str, kind: str, value: Any) -> Placement:
         if not isinstance(value, Tensor):
@@ -214,8 +235,6 @@ class TrainingState:
         parameter = self.parameters[name]
         if value.shape == parameter.shape:
             return self._place(value)
-        if value.ndim and self._place(parameter).local.shape != parameter.shape:
-            raise CheckpointError(cannot_divide(name, kind, value.shape, parameter.shape))
         return whole(value, owned=self._is_main)
 
     def _load_moment(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bigtrain.engine import precision
+from bigtrain.engine.opaque import seat_of
 from bigtrain.engine.protocol import LocalTensor, StateSource, StepResult
 from bigtrain.engine.state import Placement, TrainingState, whole
 from bigtrain.topology import RankInfo
@@ -113,7 +114,7 @@ class TorchEngine:
     def _hold(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         self._model = model
         self._state = TrainingState(
-            model, optimizer, place=self._place, is_main=self._world.is_main
+            model, optimizer, place=self._place, seat=seat_of(self.name, self._world)
         )
 
     def _held(self) -> TrainingState:

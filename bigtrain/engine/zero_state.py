@@ -11,10 +11,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bigtrain.engine.opaque import Seat, is_opaque, keep, own_kinds
 from bigtrain.engine.protocol import BUFFER, WEIGHT, LocalTensor, StateSource
 from bigtrain.engine.state import (
     Placement,
     cannot_divide,
+    load_opaque,
     load_scalar,
     named_buffers,
     named_parameters,
@@ -31,12 +33,13 @@ class ZeroState:
     """`zero` is DeepSpeed's wrapper of the optimizer; without training, what cuts the weights
     (stage 3) or None."""
 
-    def __init__(self, model: nn.Module, zero: Any, *, is_main: bool, trains: bool) -> None:
+    def __init__(self, model: nn.Module, zero: Any, *, seat: Seat, trains: bool) -> None:
         self.parameters = named_parameters(model)
         self.buffers = named_buffers(model)
         self._zero = zero
         self._trains = trains
-        self._is_main = is_main
+        self._seat = seat
+        self._is_main = seat.rank == 0
         names = {id(parameter): name for name, parameter in self.parameters.items()}
         self.groups: list[FlatGroup] = flat_groups(zero, names) if trains else []
         self._trained = {
@@ -61,6 +64,12 @@ class ZeroState:
         """This rank's pieces of what the optimizer keeps; its scalars, once for each parameter."""
         for group in self.groups:
             for kind, value in self._zero.optimizer.state.get(group.master, {}).items():
+                if _is_opaque(value, group):
+                    # Of the whole flat group, which the first of its parameters stands for.
+                    kept = keep(kind, value, self._seat)
+                    name = group.members[0].name
+                    yield from pieces(name, kept.kind, whole(kept.local, owned=True))
+                    continue
                 for member in group.members:
                     placed = self._place_moment(group, member, kind, value)
                     yield from pieces(member.name, kind, placed)
@@ -92,7 +101,11 @@ class ZeroState:
             state = {
                 kind: self._load_moment(group, kind, source)
                 for kind in sorted(kinds - {WEIGHT, BUFFER})
+                if not is_opaque(kind)
             }
+            for name in group.names:
+                for kind, stored in own_kinds(name, source.kinds(name), self._seat).items():
+                    state[kind] = load_opaque(source, name, stored, group.master.device)
             if state:
                 optimizer.state[group.master] = state
         if hasattr(self._zero, "_lazy_init_hp_params_optimizer_state"):
@@ -132,8 +145,6 @@ class ZeroState:
             value = torch.tensor(float(value))
         if not isinstance(value, Tensor):
             value = number_tensor(member.name, kind, value)
-        if value.ndim:
-            raise CheckpointError(cannot_divide(member.name, kind, value.shape, member.shape))
         return whole(value, owned=self._is_main)
 
     def _load_moment(self, group: FlatGroup, kind: str, source: StateSource) -> Any:
@@ -197,6 +208,10 @@ class ZeroState:
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if kept := getattr(self._zero, "persistent_parameters", None):
             kept[0].all_gather(kept)
+
+
+def _is_opaque(value: Any, group: FlatGroup) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and value.shape != group.master.shape
 
 
 def _with_zeros_between(master: Tensor, members: Sequence[Member]) -> Tensor:
