@@ -216,7 +216,13 @@ class FileReader:
 
     def _fill(self, offset: int, out: memoryview) -> None:
         while out.nbytes:
-            count = os.preadv(self._fd, [out], offset)
+            try:
+                count = os.preadv(self._fd, [out], offset)
+            except OSError as fault:
+                raise CheckpointError(
+                    f"{self.path}: can't be read at byte {offset}: {fault.strerror}; use another "
+                    "checkpoint"
+                ) from fault
             if count == 0:
                 raise CheckpointError(
                     f"{self.path}: ends at byte {offset}, {out.nbytes} bytes too early; the file "

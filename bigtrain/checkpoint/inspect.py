@@ -127,9 +127,11 @@ def verify(found: Inspection) -> Iterator[Fault]:
     """
     for path, why in found.passed_over:
         yield Fault(path=path, message=f"{path}: passed over: {why}")
-    if found.manifest is not None:
-        own = own_ranks(found.manifest)
-        here = [part for part in found.parts if part.rank in own]
+    if not found.is_committed:
+        yield Fault(path=found.path, message=f"{found.path}: was never committed")
+    if found.parts:
+        own = own_ranks(found.manifest) if found.manifest else None
+        here = [part for part in found.parts if own is None or part.rank in own]
         for damage in find_faults(found.path, here, deep=True):
             yield Fault(
                 path=damage.path,
@@ -225,7 +227,7 @@ def _unfinished(path: Path) -> Inspection:
     for file in sorted((path / PARTS).glob("rank-*.json")):
         try:
             parts.append(Part.from_bytes(file.read_bytes()))
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             continue  # renamed away, or damaged: then it is missing
     index = read_committed(path, manifest=None, parts=parts)
     ranks = {part.rank for part in parts}

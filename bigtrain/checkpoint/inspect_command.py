@@ -100,9 +100,15 @@ def _say_findings(
     other: Path | None,
     say: Callable[[str], None],
 ) -> None:
+    from bigtrain.checkpoint.witness import no_records
+
     if faults is not None:
         stored = sum(len(part.files) for part in found.parts)
-        whole = f"{stored} files are as they were written" if stored else "no fault was found"
+        whole = f"{stored} files are as they were written"
+        if not stored:
+            whole = "no fault was found"
+            if found.find_record is no_records:
+                whole = "no checksums are stored; every element is there once"
         say(f"  verified     {whole}" if not faults else f"  verified     {len(faults)} faults:")
         for fault in faults:
             say(f"    {fault['message']}")

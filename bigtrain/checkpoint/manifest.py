@@ -103,6 +103,8 @@ class Part:
         else:
             document = json.loads(data)
             tensors = _tensor_table(json.dumps(document["tensors"]).encode())
+        for name in (*document["files"], *document["item_files"]):
+            _require_inside(name)
         return cls(
             rank=document["rank"],
             files={name: _digest_from_json(entry) for name, entry in document["files"].items()},
@@ -160,6 +162,8 @@ class Manifest:
                 f"{path}: not a manifest of version {VERSION}; a newer bigtrain wrote it"
             )
         document["progress"] = _known(Progress, document["progress"])
+        for name in document["parts"]:
+            _require_inside(name)
         document["parts"] = {name: tuple(entry) for name, entry in document["parts"].items()}
         document["param_groups"] = _unplain(document["param_groups"])
         document["nodes"] = tuple(
@@ -181,6 +185,12 @@ def _tensor_table(text: bytes) -> tuple[StoredTensor, ...]:
         StoredTensor(name=name, kind=kind, dtype=dtype, shape=tuple(shape))
         for name, kind, dtype, shape in json.loads(text)
     )
+
+
+def _require_inside(name: str) -> None:
+    """A manifest names no file outside of its checkpoint: its seal is no signature."""
+    if name.startswith("/") or ".." in name.split("/"):
+        raise CheckpointError(f"the manifest names the file {name}, outside of the checkpoint")
 
 
 def part_name(rank: int) -> str:

@@ -15,7 +15,6 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +291,7 @@ class Saver:
             if self._writer is None or not self._writer.is_alive:
                 self._writer = BackgroundWriter()
             return self._writer.copy(snapshot, destination)
-        except (CheckpointError, OSError) as fault:
+        except (CheckpointError, OSError, RuntimeError, MemoryError) as fault:
             logger.warning("saving while training waits: %s", fault)
             return None
 
@@ -332,7 +331,7 @@ def _root(request: SaveRequest, snapshot: Snapshot, engine: Engine, world: RankI
         engine=engine.name,
         world_size=world.world_size,
         progress=request.progress,
-        created=datetime.now(UTC).isoformat(timespec="microseconds"),
+        created=stagings.time_of_commit(request.target.parent),
         versions=versions_of(("bigtrain", "torch", "transformers", "deepspeed")),
         parts={},
         param_groups=snapshot.param_groups,

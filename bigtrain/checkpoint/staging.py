@@ -19,6 +19,7 @@ import shutil
 import uuid
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import xxhash
@@ -119,6 +120,19 @@ def newest_first(output_dir: Path) -> list[Path]:
             created = "~"  # sorts behind every date
         ranked.append((created, step, path))
     return [path for _, _, path in sorted(ranked, reverse=True)]
+
+
+def time_of_commit(output_dir: Path) -> str:
+    """Now; but after every other checkpoint there, also where this node's clock is behind that
+    of the one that wrote them."""
+    now = datetime.now(UTC)
+    for _, path in committed(output_dir):
+        try:
+            before = datetime.fromisoformat(read_manifest(path).created)
+        except (CheckpointError, ValueError):
+            continue
+        now = max(now, before + timedelta(microseconds=1))
+    return now.isoformat(timespec="microseconds")
 
 
 def rotate(
@@ -228,6 +242,9 @@ def _delete(path: Path, *, gone: Path) -> None:
     try:
         path.rename(gone)
     except FileNotFoundError:
+        return
+    if gone.is_symlink():
+        gone.unlink()  # what it leads to lies elsewhere, and is the user's
         return
     shutil.rmtree(gone, ignore_errors=True)
     if gone.exists():

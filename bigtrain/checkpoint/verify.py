@@ -86,12 +86,14 @@ def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Itera
 
 
 def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
-    if not path.is_file():
-        return f"{path}: is missing"
     try:
+        if not path.is_file():
+            return f"{path}: is missing"
         reader = FileReader(path, digest)
     except CheckpointError as fault:
         return str(fault)
+    except OSError as fault:
+        return f"{path}: can't be read: {fault.strerror}"
     try:
         if hashed or digest.size <= BLOCK_BYTES:
             reader.check()

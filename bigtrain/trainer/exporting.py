@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,8 @@ class Exports:
     def __init__(self, *, interval: int) -> None:
         self._interval = interval
         self._count = 0
-        self._running: subprocess.Popen[str] | None = None
+        self._running: subprocess.Popen[bytes] | None = None
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (kept; a pipe would fill up)
         self._source: Path | None = None
         self._waiting: Path | None = None
 
@@ -56,12 +58,13 @@ class Exports:
             self._end()
         if self._running is None and self._waiting is not None:
             self._source, self._waiting = self._waiting, None
+            self._said.seek(0)
+            self._said.truncate()
             self._running = subprocess.Popen(
                 [*_COMMAND, str(self._source), str(self._source / MODEL)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
+                stderr=self._said,
             )
 
     @property
@@ -76,16 +79,17 @@ class Exports:
             self._go_on()
         if self._running is not None:
             self._running.kill()
-            self._running.communicate()
+            self._running.wait()
             logger.warning("%s was not exported: training stopped", self._source)
         self._running = self._source = self._waiting = None
 
     def _end(self) -> None:
         assert self._running is not None
         assert self._source is not None
-        _, fault = self._running.communicate()
-        if self._running.returncode:
-            logger.warning("%s was not exported: %s", self._source, fault.strip()[-2000:])
+        if self._running.wait():
+            self._said.seek(0)
+            fault = self._said.read().decode(errors="replace").strip()[-2000:]
+            logger.warning("%s was not exported: %s", self._source, fault)
         else:
             logger.info("exported %s", self._source / MODEL)
         self._running = self._source = None

@@ -24,6 +24,7 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
+from bigtrain.errors import CheckpointError
 from bigtrain.trainer import preparation, sharding
 from bigtrain.trainer.core import their_logger
 from bigtrain.trainer.evaluation import Evaluation
@@ -72,16 +73,17 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         run = find_executable_batch_size(
             self._train_at_batch_size, self._train_batch_size, self.args.auto_find_batch_size
         )
-        self.is_in_train = True
+        self.is_in_train, is_done = True, False
         with self._stop.listening():
             try:
                 output: TrainOutput = run(
                     checkpoint=checkpoint, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval
                 )
+                is_done = True
             except StopRequestedError as stop:
                 self._leave(stop, trial)
             finally:
-                self._close_saver()
+                self._close_saver(is_done=is_done)
                 preparation.restore_model(self)
                 self._has_trained = True
                 self.is_in_train = False
@@ -354,7 +356,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         metrics["train_loss"] = train_loss
         self._memory_tracker.stop_and_update_metrics(metrics)
         self.log(metrics)
-        self._finish_save()
+        self._finish_last_save(trial=None)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self._keep_only_best()
@@ -365,11 +367,21 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
     def _leave(self, stop: StopRequestedError, trial: Any) -> NoReturn:
         """Save what is there, together with all ranks, and end this process."""
         self._reporter.say(f"stopping at step {self.state.global_step}: saving a checkpoint first")
-        self._finish_save()
+        self._finish_last_save(trial)
         if self.state.global_step > 0 and self._saved_step != self.state.global_step:
             self._save_and_tell(self.model_wrapped, trial)
             self._finish_save()
         raise SystemExit(stop.exit_code)
+
+    def _finish_last_save(self, trial: Any) -> None:
+        """Finish the save in flight. Where it failed, what there is now is saved in its place,
+        while there is anything; if that fails as well, it is an error."""
+        try:
+            self._finish_save()
+        except CheckpointError as fault:
+            logger.warning("the last save failed, saving once more: %s", fault)
+            self._save_and_tell(self.model_wrapped, trial)
+            self._finish_save()
 
     def _tell_what_runs(self, schedule: Schedule) -> None:
         their_logger.info("***** Running training *****")

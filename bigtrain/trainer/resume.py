@@ -25,7 +25,7 @@ from transformers.trainer_utils import (
     load_sharded_checkpoint,
 )
 
-from bigtrain.checkpoint.agreement import attempt
+from bigtrain.checkpoint.agreement import attempt, on_main
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
@@ -33,7 +33,7 @@ from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
 from bigtrain.errors import CheckpointError
-from bigtrain.trainer import collectives, differences, environment, rng
+from bigtrain.trainer import differences, environment, rng
 from bigtrain.trainer.candidates import (
     Position,
     Search,
@@ -133,9 +133,7 @@ class Resume(Saving):
         if self._saves_on_each_node():
             where = self.args.ranks, self._output_dir()
             return newest_on_all_nodes(*where, since=search.since, excluding=search.damaged)
-        is_main = self.is_world_process_zero()
-        found: Path | None = collectives.from_main(self._find_last(search) if is_main else None)
-        return found
+        return on_main(self.args.ranks, lambda: self._find_last(search))
 
     def _find_last(self, search: Search) -> Path | None:
         directory = self._output_dir()

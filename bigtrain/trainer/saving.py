@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -218,12 +217,13 @@ class Saving(Reporting, CallbackStates, Leasing):
             )
         return self._saver
 
-    def _close_saver(self) -> None:
-        """Let the writing process go; it finishes what it was told."""
+    def _close_saver(self, *, is_done: bool) -> None:
+        """Let the writing process go; it finishes what it was told. Exports end with the training
+        unless it `is_done`."""
         if self._saver is not None:
             self._saver.close()
         if self._exports is not None:
-            self._exports.close(wait=sys.exc_info()[0] is None)
+            self._exports.close(wait=is_done)
         self._saver = self._exports = None
 
     def _saves_in_background(self) -> bool:

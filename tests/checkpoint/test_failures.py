@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -185,6 +186,26 @@ def test_an_edited_config_only_warns_when_the_checkpoint_was_named(
     with caplog.at_level(logging.WARNING):
         assert_holds_seed(target, seed=0, is_sharded=True)
     assert "config.json: has 24 bytes, but 21 were written" in caplog.text
+
+
+def test_a_disk_that_can_not_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = save_seed(tmp_path, step=3, seed=0, is_sharded=True)
+    newest = save_seed(tmp_path, step=4, seed=1, is_sharded=True)
+    broken = {(newest / "scheduler.pt").stat().st_ino}
+    real = os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        if os.fstat(fd).st_ino in broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    found = find_checkpoint(tmp_path)
+    assert found.path == older
+    assert [path for path, _ in found.passed_over] == [newest]
+    assert "scheduler.pt: can't be read at byte 0: Input/output error" in found.passed_over[0][1]
 
 
 def fail_on(world: RankInfo, target: Path, failing: int) -> str:

@@ -177,6 +177,14 @@ def test_a_checkpoint_that_is_still_written_is_shown_as_far_as_it_is(sharded: Pa
     assert "the shares of 1 ranks" in text
     assert inspect_checkpoint(staging).ranks_missing == (0,)
 
+    code, text = inspect(staging, "--verify")
+    assert code == 1
+    assert f"{staging}: was never committed" in text
+    next((staging / "weights").glob("__1_*.distcp")).unlink()
+    assert "__1_0.distcp: is missing" in inspect(staging, "--verify")[1]
+    (staging / "manifest" / "rank-00001.json").write_text('{"files": {"a": 5}}')
+    assert inspect(staging)[0] == 0
+
 
 def test_others_checksums_are_checked_where_there_are_any(tmp_path: Path) -> None:
     path = tmp_path / "dcp"

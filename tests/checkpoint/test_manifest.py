@@ -87,3 +87,10 @@ def test_a_hyperparameter_that_is_no_plain_value_is_named() -> None:
     groups = ({"params": [], "lr": object()},)
     with pytest.raises(CheckpointError, match=r"param_groups\.lr is a object"):
         dataclasses.replace(MANIFEST, param_groups=groups).to_bytes()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../other/file", "weights/../../x"])
+def test_a_part_names_no_file_outside_of_its_checkpoint(name: str) -> None:
+    digest = FileDigest(size=1, blocks=bytes(16))
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        Part.from_bytes(Part(rank=0, files={name: digest}).to_bytes())

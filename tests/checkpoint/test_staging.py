@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -155,3 +156,30 @@ def test_a_file_that_another_attempt_took_away_stops_the_commit(tmp_path: Path) 
     for files in ({"weights": replace(whole, size=5)}, {"optimizer": whole}):
         with pytest.raises(CheckpointError, match="is not there as its rank wrote it"):
             _check_complete(tmp_path, [Part(rank=0, files=files)])
+
+
+def test_a_node_whose_clock_is_behind_still_commits_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ahead(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(hours=1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stagings, "datetime", Ahead)
+        save_step(tmp_path, 4)
+    save_step(tmp_path, 6)
+    assert find_checkpoint(tmp_path).path == tmp_path / "checkpoint-6"
+    assert stagings.rotate(tmp_path, run_id="run", keep=1) == [tmp_path / "checkpoint-4"]
+
+
+def test_a_step_that_was_moved_elsewhere_and_linked_is_replaced_and_left_there(
+    tmp_path: Path,
+) -> None:
+    moved = save_step(tmp_path, 4).rename(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-4").symlink_to(moved)
+    save_step(tmp_path, 4)
+    assert names(tmp_path) == ["checkpoint-4", "elsewhere"]
+    assert not (tmp_path / "checkpoint-4").is_symlink()
+    verify_checkpoint(moved)
