@@ -79,14 +79,19 @@ def main() -> int:
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
         found: dict[str, dict[str, list[float]]] = {}
-        found |= run_ranks(measure_fsdp, chosen, Path(folder), chosen.ranks)
+
+        def keep(measured: dict[str, dict[str, list[float]]]) -> None:
+            found.update(measured)
+            print(json.dumps(measured), file=sys.stderr, flush=True)  # should it be cut short
+
+        keep(run_ranks(measure_fsdp, chosen, Path(folder), chosen.ranks))
         for ranks in (1, chosen.ranks + 1):
-            found |= run_ranks(measure_other_size, chosen, Path(folder), ranks)
+            keep(run_ranks(measure_other_size, chosen, Path(folder), ranks))
         if not chosen.without_transformers:
-            found |= measure_transformers(chosen, Path(folder))
+            keep(measure_transformers(chosen, Path(folder)))
         if not chosen.without_deepspeed:
             for phase in (measure_deepspeed, measure_universal):
-                found |= run_ranks(phase, chosen, Path(folder), chosen.ranks)
+                keep(run_ranks(phase, chosen, Path(folder), chosen.ranks))
     report(found, as_json=chosen.json)
     return 0
 

@@ -70,7 +70,9 @@ def _compare(
             chunks.append(out)
         if first.dtype == second.dtype and chunks[0] == chunks[1]:
             continue
-        differ, most = distance(chunks[0], first.dtype.name, chunks[1], second.dtype.name)
+        differ, most = distance(
+            chunks[0], first.dtype.name, chunks[1], second.dtype.name, elements=length
+        )
         count, largest = count + differ, max(largest, most)
     if count or first.dtype != second.dtype:
         types = {first.dtype.name, second.dtype.name}
@@ -87,7 +89,13 @@ def element_of(index: TensorIndex, entry: TensorEntry, pool: FilePool) -> float 
 
 
 def distance(
-    mine: bytearray, dtype: str, theirs: bytearray, their_dtype: str, *, numpy: Any = ...
+    mine: bytearray,
+    dtype: str,
+    theirs: bytearray,
+    their_dtype: str,
+    *,
+    elements: int = 0,
+    numpy: Any = ...,
 ) -> tuple[int, float]:
     """How many elements differ, and the largest difference of such as can be compared."""
     numpy = _find_numpy() if numpy is ... else numpy
@@ -97,7 +105,10 @@ def distance(
         )
     ours, others = _numbers(mine, dtype), _numbers(theirs, their_dtype)
     if ours is None or others is None:
-        return sum(a != b for a, b in zip(mine, theirs, strict=False)), 0.0
+        # Of a type that Python has no numbers for: whole elements, where they are of one size.
+        size = max(1, len(mine) // max(1, elements))
+        places = range(0, min(len(mine), len(theirs)), size)
+        return sum(mine[i : i + size] != theirs[i : i + size] for i in places), 0.0
     count, largest = 0, 0.0
     for a, b in zip(ours, others, strict=True):
         if a != b and not (math.isnan(a) and math.isnan(b)):
@@ -157,7 +168,10 @@ def _entry(
     return entries.get(key)
 
 
-_FORMATS = {"float32": "f", "float64": "d", "int64": "q", "int32": "i", "uint8": "B", "int8": "b"}
+_FORMATS = {
+    "float32": "f", "float64": "d", "int64": "q", "int32": "i", "int16": "h", "int8": "b",
+    "uint64": "Q", "uint32": "I", "uint16": "H", "uint8": "B", "bool": "B",
+}  # fmt: skip
 
 
 def _numbers(data: bytearray, dtype: str) -> Sequence[float] | None:

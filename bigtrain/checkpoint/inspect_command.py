@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -90,7 +91,14 @@ def _differing(found: Inspection, other: Path) -> list[dict[str, Any]]:
     from bigtrain.checkpoint.compare import differences
     from bigtrain.checkpoint.inspect import inspect_checkpoint
 
-    return [vars(each) for each in differences(found, inspect_checkpoint(other))]
+    return [_plain(vars(each)) for each in differences(found, inspect_checkpoint(other))]
+
+
+def _plain(difference: dict[str, Any]) -> dict[str, Any]:
+    """With what JSON has no number for as a word."""
+    largest = difference["largest"]
+    is_infinite = largest is not None and not math.isfinite(largest)
+    return {**difference, "largest": str(largest) if is_infinite else largest}
 
 
 def _say_findings(
@@ -130,4 +138,4 @@ def _how(difference: dict[str, Any]) -> str:
     if difference["count"] is None:
         return str(difference["what"])
     largest = difference["largest"]
-    return f"{difference['what']}: {difference['count']} elements, at most by {largest:.3g}"
+    return f"{difference['what']}: {difference['count']} elements, at most by {float(largest):.3g}"

@@ -10,7 +10,7 @@ elsewhere it is refused by name. In the checkpoint its kind says whose it is:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +53,7 @@ def keep(kind: str, value: Tensor, seat: Seat) -> Kept:
     """The value as this rank stores it."""
     if not isinstance(value, DTensor):
         return Kept(kind=f"{kind}{_MARK}{seat}", local=value.detach())
-    layout = "".join(map(_letter, value.placements))
+    layout = ",".join(map(_text, value.placements))
     shape = "x".join(map(str, value.shape))
     return Kept(kind=f"{kind}{_MARK}{seat}:{layout}:{shape}", local=value.to_local().detach())
 
@@ -98,25 +98,20 @@ def rebuilt(stored: str, local: Tensor, parameter: Tensor) -> Any:
     return DTensor.from_local(
         local,
         parameter.device_mesh,
-        _placements(layout[0]),
+        [_placement(text) for text in layout[0].split(",")],
         run_check=False,
         shape=torch.Size(shape),
         stride=tuple(strides),
     )
 
 
-def _letter(placement: Any) -> str:
+def _text(placement: Any) -> str:
     if isinstance(placement, Shard):
         return f"S{placement.dim}"
-    return "P" if isinstance(placement, Partial) else "R"
+    return f"P{placement.reduce_op}" if isinstance(placement, Partial) else "R"
 
 
-def _placements(letters: str) -> list[Any]:
-    known: Mapping[str, Any] = {"R": Replicate(), "P": Partial()}
-    found = []
-    for position, letter in enumerate(letters):
-        if letter == "S":
-            found.append(Shard(int(letters[position + 1])))
-        elif letter in known:
-            found.append(known[letter])
-    return found
+def _placement(text: str) -> Any:
+    if text[0] == "S":
+        return Shard(int(text[1:]))
+    return Partial(text[1:]) if text[0] == "P" else Replicate()

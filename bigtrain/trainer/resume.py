@@ -33,7 +33,7 @@ from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
 from bigtrain.errors import CheckpointError
-from bigtrain.trainer import differences, environment, rng
+from bigtrain.trainer import differences, environment, rng, schedule
 from bigtrain.trainer.candidates import (
     Position,
     Search,
@@ -224,9 +224,17 @@ class Resume(Saving):
                 ranks, lambda: (loaded.scheduler_state(), loaded.scaler_state())
             )
             if scheduler is not None and not is_deepspeed(scheduler):
-                self.lr_scheduler.load_state_dict(scheduler)
+                self.lr_scheduler.load_state_dict(self._fitted(scheduler, loaded))
             if not resets and scaler:
                 self.engine.load_scaler_state(scaler)
+
+    def _fitted(self, scheduler: dict[str, Any], loaded: LoadedCheckpoint) -> dict[str, Any]:
+        return schedule.fitted(
+            scheduler,
+            self.lr_scheduler.state_dict(),
+            saved=[bool(group["params"]) for group in loaded.source.param_groups or ()],
+            live=[bool(names) for names in group_names(self.engine)],
+        )
 
     def _opened(self, checkpoint: Path) -> LoadedCheckpoint:
         names = group_names(self.engine)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from bigtrain.trainer.arguments import TrainingArguments
 
@@ -79,3 +80,29 @@ def make_schedule(
         num_train_samples=samples,
         global_batch_size=global_batch,
     )
+
+
+def fitted(
+    state: Mapping[str, Any],
+    current: Mapping[str, Any],
+    *,
+    saved: Sequence[bool],
+    live: Sequence[bool],
+) -> dict[str, Any]:
+    """A saved scheduler's state for an optimizer whose empty groups are not the saved one's: some
+    engines drop them. `saved` and `live` say which groups have parameters.
+
+    What the state has for each group goes to those with parameters; empty ones keep what they have.
+    """
+    if list(saved) == list(live) or sum(saved) != sum(live):
+        return dict(state)
+    made = dict(state)
+    for key, value in state.items():
+        if isinstance(value, list) and len(value) == len(saved):
+            kept = iter([each for each, filled in zip(value, saved, strict=True) if filled])
+            own = current.get(key) or []
+            made[key] = [
+                next(kept) if filled else (own[i] if i < len(own) else None)
+                for i, filled in enumerate(live)
+            ]
+    return made
