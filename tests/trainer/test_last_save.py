@@ -19,7 +19,8 @@ class LosesItsWriter(Trainer):
     def _save_and_tell(self, model: Any, trial: Any) -> None:
         is_first = self.state.global_step == STEPS and self._saver is not None
         process = self._saver._writer._process if is_first else None  # type: ignore[union-attr]
-        if process is not None and self._state_of_save is not None:
+        if process is not None:
+            self._finish_save()  # of the step before, while it can be
             process.send_signal(signal.SIGSTOP)
         super()._save_and_tell(model, trial)
         if process is not None and process.poll() is None:
