@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from bigtrain.engine.opaque import Seat, is_opaque, keep, own_kinds, rebuilt
@@ -222,8 +223,8 @@ class TrainingState:
 
     def _pieces_of_moment(self, name: str, kind: str, value: Any) -> Iterator[LocalTensor]:
         parameter = self.parameters[name]
-        is_cut = self._place(parameter).local.shape != parameter.shape
-        if isinstance(value, Tensor) and is_cut and value.ndim and value.shape != parameter.shape:
+        differs = isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape
+        if differs and self._is_cut(parameter):
             kept = keep(kind, value, self._seat)
             yield from pieces(name, kept.kind, whole(kept.local, owned=True))
         else:
@@ -252,9 +253,13 @@ class TrainingState:
             moment = torch.empty_like(parameter, dtype=kept, requires_grad=False)
             read_placed(source, name, kind, self._place(moment))
             return moment
-        if shape != () and self._place(parameter).local.shape != parameter.shape:
+        if shape != () and self._is_cut(parameter):
             raise CheckpointError(cannot_divide(name, kind, shape, parameter.shape))
         return load_scalar(source, name, kind, group, parameter.device)
+
+    def _is_cut(self, parameter: Tensor) -> bool:
+        """The same on all ranks, also where one of them happens to hold all of it."""
+        return self._seat.world_size > 1 and isinstance(parameter, DTensor)
 
     def _trained(self) -> Optimizer:
         if self.optimizer is None:
