@@ -8,6 +8,7 @@ loaded and no pickle is run.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -150,7 +151,7 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
     if here is not None and (read is not _read_plain or not _has_steps(path)):
         yield here
         return
-    below = [child for child in sorted(path.iterdir()) if child.is_dir()]
+    below = sorted(_directories(path))
     named = _latest(path)
     found = [
         candidate
@@ -165,14 +166,21 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
         yield here
 
 
+def _directories(path: Path) -> list[Path]:
+    """Those that can be looked into: not a disk's `lost+found`."""
+    return [
+        child for child in path.iterdir() if child.is_dir() and os.access(child, os.R_OK | os.X_OK)
+    ]
+
+
 def _has_steps(path: Path) -> bool:
-    steps = [child for child in path.iterdir() if _RUN_STEP.match(child.name) and child.is_dir()]
+    steps = [child for child in _directories(path) if _RUN_STEP.match(child.name)]
     return any(True for step in steps for _ in _candidates_below(step))
 
 
 def _candidates_below(child: Path) -> Iterator[_Candidate]:
     """Those of a directory with its own name's step, where they have none themselves."""
-    grandchildren = [each for each in child.iterdir() if each.is_dir()]
+    grandchildren = _directories(child)
     if _reader(child) is None and not any(map(_reader, grandchildren)):
         return
     for candidate in _candidates(child):

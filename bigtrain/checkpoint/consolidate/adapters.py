@@ -8,7 +8,6 @@ https://github.com/huggingface/peft/blob/main/src/peft/tuners/lora/layer.py
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 from bigtrain.checkpoint.consolidate.frames import LowRank
 from bigtrain.checkpoint.index import BUFFER, TensorEntry
+from bigtrain.checkpoint.json_object import json_object
 from bigtrain.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -37,6 +37,8 @@ _OTHER_ARITHMETIC = (
     "use_bdlora",
     "use_qalora",
 )
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""Layers of transformers that are stored transposed."""
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
@@ -87,10 +89,10 @@ def read_adapter_config(path: Path | None, *, has_base: bool) -> dict[str, Any]:
             "there to merge it"
         )
     try:
-        config = json.loads(path.read_bytes())
-        kind = config.get("peft_type")
-    except (ValueError, AttributeError) as fault:
-        raise CheckpointError(f"{path}: no JSON object ({fault}); it is damaged") from fault
+        config = json_object(path.read_bytes())
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: not JSON ({fault}); it is damaged") from fault
+    kind = config.get("peft_type")
     initial = str(config.get("init_lora_weights", True)).lower()
     refused = {
         f"it is a {kind} adapter": kind != "LORA",
@@ -161,6 +163,12 @@ def _update(
         raise CheckpointError(
             f"{name} is {weight.dtype.name} {weight.shape}, to which an adapter of shape {a.shape} "
             f"and {b.shape} can't be added (is the model quantised?)"
+        )
+    leaf = name.removesuffix(".weight").rpartition(".")[2]
+    if transposed and not is_embedding and rows == columns and leaf not in _CONV1D:
+        raise CheckpointError(
+            f"{name} is square, and PEFT follows fan_in_fan_out in some kinds of layers only: "
+            "which way it is stored can't be told; merge it by PEFT's merge_and_unload"
         )
     return LowRank(
         a=a, b=b, rank=rank, scaling=_scaling(name, rank, config), is_transposed=transposed

@@ -25,6 +25,7 @@ from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.frames import OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.sink import write_all
+from bigtrain.checkpoint.json_object import json_object
 from bigtrain.checkpoint.staging import free_bytes, sync_directory
 from bigtrain.errors import CheckpointError
 
@@ -110,7 +111,9 @@ class Staging:
         self._entries: dict[str, list[_Entry]] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._journal: IO[str] = (self.path / _JOURNAL).open("a+", encoding="utf-8")
+            self._journal: IO[str] = (self.path / _JOURNAL).open(
+                "a+", encoding="utf-8", errors="replace"
+            )
         except OSError as fault:
             raise CheckpointError(f"{self.path}: can't be made: {fault.strerror}") from fault
         try:
@@ -202,7 +205,8 @@ class Staging:
 
     def _begin(self, fingerprint: str, *, resume: bool) -> None:
         self._journal.seek(0)
-        lines = list(_whole_lines(self._journal.read()))
+        text = self._journal.read()
+        lines = list(_whole_lines(text))
         known = lines[0].get("fingerprint") if lines else None
         if resume and known not in (None, fingerprint):
             raise CheckpointError(
@@ -215,7 +219,7 @@ class Staging:
                 self._entries.setdefault(name, []).append(_Entry(**line))
             return
         others = [path for path in self.path.iterdir() if path.name != _JOURNAL]
-        if others and not isinstance(known, str):
+        if (others or text) and not isinstance(known, str):
             raise self._not_ours()
         for path in others:
             if path.is_dir() and not path.is_symlink():
@@ -247,7 +251,7 @@ def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
     """The lines up to one that was cut off."""
     for line in text.splitlines():
         try:
-            yield json.loads(line)
+            yield json_object(line.encode())
         except ValueError:
             return
 

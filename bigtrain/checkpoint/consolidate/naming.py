@@ -24,12 +24,19 @@ def plain_names(names: Iterable[str], *, prefix: str = AUTO) -> dict[str, str]:
     if missing := [name for name in plain.values() if not name.startswith(cut)]:
         raise CheckpointError(f"{missing[0]} does not begin with the prefix {cut!r}")
     plain = {name: short.removeprefix(cut) for name, short in plain.items()}
+    if broken := [name for name in plain if not _is_text(name)]:
+        raise CheckpointError(f"{broken[0]!a} can't be a tensor's name: it is no text")
     seen: dict[str, str] = {}
     for name, short in plain.items():
         if short in seen:
             raise CheckpointError(f"{seen[short]} and {name} would both be named {short}")
         seen[short] = name
     return plain
+
+
+def _is_text(name: str) -> bool:
+    """Text has no halves of surrogate pairs, and can be written as UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _without_wrappers(name: str) -> str:
@@ -44,7 +51,8 @@ def _outer_prefix(names: Iterable[str]) -> str:
         cut += "module."
         every = [name.removeprefix("module.") for name in every]
     inner = {name.split(".")[1] for name in every if name.startswith("model.") and "." in name[6:]}
-    heads = {"model", "transformer", "lm_head", "bert", "roberta", "encoder_decoder", "base_model"}
+    # Not `transformer`: LLaDA's and OLMo's own names begin with `model.transformer.`.
+    heads = {"model", "lm_head", "bert", "roberta", "encoder_decoder", "base_model"}
     if every and all(name.startswith("model.") for name in every) and inner & heads:
         return cut + "model."
     return cut

@@ -73,7 +73,7 @@ class Plan:
             [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
             [(file.name, file.frame.header.hex()) for file in self.files],
             repr(self.choices),
-            repr([_strength(tensor) for file in self.files for tensor in file.tensors]),
+            [_origin(tensor) for file in self.files for tensor in file.tensors],
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
@@ -110,10 +110,12 @@ def make_plan(source: Source, choices: Choices) -> Plan:
     )
 
 
-def _strength(tensor: OutputTensor) -> tuple[float, bool] | None:
-    if tensor.update is None:
-        return None
-    return tensor.update.scaling, tensor.update.is_transposed
+def _origin(tensor: OutputTensor) -> Sequence[object]:
+    """What the tensor's bytes are made of."""
+    stored, update = [tensor.entry.name, tensor.entry.kind], tensor.update
+    if update is None:
+        return stored
+    return [*stored, update.a.name, update.b.name, update.scaling, update.is_transposed]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from bigtrain.checkpoint.consolidate.plan import Plan
 from bigtrain.checkpoint.consolidate.side_files import is_side_file
 from bigtrain.checkpoint.consolidate.summary import Summary
+from bigtrain.checkpoint.manifest import MANIFEST, read_manifest, read_parts
 from bigtrain.checkpoint.source import Source
 from bigtrain.errors import ConfigError
 
@@ -28,8 +29,11 @@ _FILES = re.compile(
 _DIRECTORIES = re.compile(r"^(optimizer(_\d+)?|additional_chat_templates)$")
 
 
-def check_removable(plan: Plan, output: Path) -> None:
-    """Raise where removing the source would take more along than what the output holds."""
+def check_removable(plan: Plan, output: Path, *, is_chosen: bool) -> None:
+    """Raise where removing the source would take more along than what the output holds.
+
+    `is_chosen` says whether the user named the step.
+    """
     source = plan.source
     where = source.path.resolve()
     if where in (output.resolve(), *output.resolve().parents):
@@ -37,13 +41,14 @@ def check_removable(plan: Plan, output: Path) -> None:
     reasons = []
     if source.path.is_symlink():
         reasons.append("it is a link; give the directory that it leads to")
+    if source.passed_over and not is_chosen:
+        reasons.append("newer ones can't be used; give --step if it is meant")
     if len(source.sets) > 1:
         reasons.append(f"it holds several sets of weights ({', '.join(source.sets)})")
     if plan.leaves_out:
         reasons.append("it holds the model's weights beside the adapter that is written")
-    if others := [] if source.is_own else sorted(_others(source)):
-        more = f" and {len(others) - 3} more" if others[3:] else ""
-        reasons.append(f"{', '.join(others[:3])}{more} in it are not known to belong to it")
+    if others := _others_told(source):
+        reasons.append(others)
     if reasons:
         raise ConfigError(
             f"{source.path} can't be removed (--remove-source): {'; '.join(reasons)}; leave out "
@@ -57,12 +62,33 @@ def removed(plan: Plan, summary: Summary) -> Summary:
     if summary.overflowed:
         why = f"{path} was kept: it holds the values that became infinite"
         return replace(summary, warnings=(*summary.warnings, why))
+    if others := _others_told(plan.source):  # they came meanwhile
+        return replace(summary, warnings=(*summary.warnings, f"{path} was kept: {others}"))
     try:
         shutil.rmtree(path)
     except OSError as fault:
         why = f"{path} could not be removed: {fault.filename}: {fault.strerror}"
         return replace(summary, warnings=(*summary.warnings, why))
     return replace(summary, source_removed=True)
+
+
+def _others_told(source: Source) -> str | None:
+    others = sorted(_others_of_own(source) if source.is_own else _others(source))
+    more = f" and {len(others) - 3} more" if others[3:] else ""
+    if not others:
+        return None
+    return f"{', '.join(others[:3])}{more} in it are not known to belong to it"
+
+
+def _others_of_own(source: Source) -> Iterator[str]:
+    """What lies in the directory and the manifest doesn't name."""
+    manifest = read_manifest(source.path)
+    known = {MANIFEST, *manifest.parts}
+    known |= {name for part in read_parts(source.path, manifest=manifest) for name in part.files}
+    for path in source.path.rglob("*"):
+        name = str(path.relative_to(source.path))
+        if name not in known and (path.is_symlink() or not path.is_dir()):
+            yield name
 
 
 def _others(source: Source) -> Iterator[str]:

@@ -83,14 +83,16 @@ def consolidate(
     )
     if jobs is not None and jobs < 1:
         raise ConfigError(f"jobs is {jobs}; it must be at least 1")
-    check_output(output)
-    output = output.resolve()
-    found = open_source(source, step=step, trust_times=trust_times)
-    plan = make_plan(found, choices)
-    if remove_source:
-        check_removable(plan, output)
+    try:
+        check_output(output)
+        output = output.resolve()
+        plan = make_plan(open_source(source, step=step, trust_times=trust_times), choices)
+        if remove_source:
+            check_removable(plan, output, is_chosen=step is not None)
+        staging = Staging(output, fingerprint=plan.fingerprint(), resume=resume)
+    except OSError as fault:
+        raise CheckpointError(f"{fault.filename or source}: {fault.strerror or fault}") from fault
     verify = verify or remove_source
-    staging = Staging(output, fingerprint=plan.fingerprint(), resume=resume)
     try:
         written, checked = _fill(plan, staging, jobs, progress, verify=verify)
         staging.commit()
@@ -123,7 +125,8 @@ def _fill(
             read_back(plan.files, written, staging.path)
         _write_small(plan, staging)
     except OSError as fault:
-        raise KeptError(f"{staging.path}: {fault.strerror or fault}") from fault
+        where = fault.filename or staging.path
+        raise KeptError(f"{where}: {fault.strerror or fault}") from fault
     return written, checked
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.dtypes import DTYPES
+from bigtrain.checkpoint.json_object import json_object
 from bigtrain.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -48,10 +48,9 @@ def read_config(files: dict[str, Path]) -> dict[str, Any]:
     if CONFIG not in files:
         return {}
     try:
-        config = json.loads(files[CONFIG].read_bytes())
-    except (ValueError, RecursionError) as fault:
+        return json_object(files[CONFIG].read_bytes())
+    except ValueError as fault:
         raise CheckpointError(f"{files[CONFIG]}: not JSON ({fault}); it is damaged") from fault
-    return config if isinstance(config, dict) else {}
 
 
 def ties_embeddings(config: dict[str, Any]) -> bool:

@@ -65,6 +65,13 @@ def _enter(
     journal.copied(name, hashes[name], end=end, infinite=infinite)
 
 
+def _read_some(fd: int, path: Path, out: memoryview, offset: int) -> int:
+    try:
+        return os.preadv(fd, [out], offset)
+    except OSError as fault:  # which doesn't know the file's name
+        raise OSError(fault.errno, fault.strerror, str(path)) from fault
+
+
 class Copier:
     """One worker. Its `witness` tells what it saw of the source."""
 
@@ -290,7 +297,7 @@ class Copier:
         fd, path = self._descriptor(file), self._index.files[file]
         filled = 0
         while filled < out.nbytes:
-            count = os.preadv(fd, [out[filled:]], offset + filled)
+            count = _read_some(fd, path, out[filled:], offset + filled)
             if count == 0:
                 raise CheckpointError(
                     f"{path}: ends at byte {offset + filled}, {out.nbytes - filled} bytes too "

@@ -14,6 +14,7 @@ from typing import Any
 
 from bigtrain.checkpoint.dtypes import BY_SAFETENSORS, DType
 from bigtrain.checkpoint.index import WEIGHT, Extent, Extents, TensorEntry, TensorIndex
+from bigtrain.checkpoint.json_object import counts, json_object
 from bigtrain.errors import CheckpointError
 
 _HEADER_LIMIT = 100 << 20
@@ -58,12 +59,10 @@ def _read_header(path: Path) -> tuple[Mapping[str, Any], int]:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
             if length > _HEADER_LIMIT:
                 raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
+            header = json_object(file.read(length))
     except OSError as fault:
         raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
-    except (ValueError, RecursionError, struct.error) as fault:
+    except (ValueError, struct.error) as fault:
         raise CheckpointError(
             f"{path}: not a safetensors file ({fault}); it is cut off or damaged"
         ) from fault
@@ -75,14 +74,12 @@ def _read_entry(
 ) -> TensorEntry:
     try:
         dtype = BY_SAFETENSORS[fields["dtype"]]
-        shape = tuple(fields["shape"])
-        first, last = fields["data_offsets"]
-        if not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-            raise ValueError
+        shape = counts(fields["shape"])
+        first, last = counts(fields["data_offsets"])
     except (KeyError, TypeError, ValueError) as fault:
-        raise CheckpointError(f"{path}: the header's entry of {name} is malformed") from fault
+        raise CheckpointError(f"{path}: the header's entry of {name!r} is malformed") from fault
     numel = math.prod(shape)
-    if last - first != numel * dtype.itemsize or first < 0 or begin + last > size:
+    if last - first != numel * dtype.itemsize or begin + last > size:
         raise CheckpointError(
             f"{path}: {name} would lie at bytes {first} to {last} of {size - begin}, and takes "
             f"{numel * dtype.itemsize}; the file is cut off or damaged"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.boxes import Box, box_extents
 from bigtrain.checkpoint.index import WEIGHT, Extents, TensorEntry, TensorIndex
+from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -21,14 +21,7 @@ def state_dict_files(directory: Path) -> list[Path]:
     """The files of a state dict in a directory; empty when there are none."""
     index = directory / WEIGHTS_INDEX
     if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            outside = [name for name in names if Path(name).name != name]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-            raise CheckpointError(f"{index}: not an index of weights; it is damaged") from fault
-        if outside:
-            raise CheckpointError(f"{index}: names files outside of its directory: {outside}")
-        return [directory / name for name in names]
+        return list(indexed_files(index))
     return [directory / name for name in WEIGHTS if (directory / name).is_file()][:1]
 
 

@@ -8,7 +8,6 @@ of its own optimizer's groups, which transformers makes in the same way.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from typing import Any, TypeAlias
 from bigtrain.checkpoint.boxes import Box, box_extents
 from bigtrain.checkpoint.formats.safetensors import read_safetensors
 from bigtrain.checkpoint.index import Extents, TensorEntry, TensorIndex, merge
+from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -39,14 +39,7 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / WEIGHTS_INDEX
     if not index.is_file():
         return [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else []
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
-        raise CheckpointError(f"{index}: not an index of weights; it is damaged") from fault
-    if outside:
-        raise CheckpointError(f"{index}: names files outside of its directory: {outside}")
-    return [directory / name for name in names]
+    return list(indexed_files(index))
 
 
 def read_optimizer(path: Path, *, names: Names | None = None) -> TensorIndex:

@@ -191,3 +191,38 @@ def test_nothing_to_merge_is_said(tmp_path: Path) -> None:
     save_file({"w": torch.randn(3)}, tmp_path / "in" / "model.safetensors")
     with pytest.raises(CheckpointError, match="holds no LoRA adapter to merge"):
         consolidate(tmp_path / "in", tmp_path / "out", merge_adapter=True)
+
+
+def adapter_alone(path: Path, **fields: object) -> Path:
+    """Of one square layer, with its model beside it."""
+    for name in ("base", "in"):
+        (path / name).mkdir(parents=True)
+    save_file({"l.weight": torch.zeros(8, 8)}, path / "base" / "model.safetensors")
+    factors = {"base_model.model.l.lora_A.weight": torch.ones(1, 8)}
+    factors["base_model.model.l.lora_B.weight"] = torch.ones(8, 1)
+    save_file(factors, path / "in" / "adapter_model.safetensors")
+    config = peft.LoraConfig(r=1, lora_alpha=1, base_model_name_or_path=str(path / "base"))
+    config.save_pretrained(path / "in")
+    change(path / "in", **fields)
+    return path / "in"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        *[
+            ({"init_lora_weights": start}, rf"its beginning \({start}\) changed the model's own")
+            for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
+        ],
+        ({"use_qalora": True}, "it uses use_qalora, which can't be merged"),
+        ({"alora_invocation_tokens": [1]}, "it uses alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1]]}, "it uses layer_replication"),
+        ({"fan_in_fan_out": True}, "is square, and PEFT follows fan_in_fan_out in some"),
+    ],
+)
+def test_what_would_merge_into_other_weights_is_refused(
+    fields: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    source = adapter_alone(tmp_path, **fields)
+    with pytest.raises(CheckpointError, match=message):
+        consolidate(source, tmp_path / "out", merge_adapter=True)

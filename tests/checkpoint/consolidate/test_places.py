@@ -231,10 +231,10 @@ def test_a_source_that_can_not_be_removed_is_said_after_the_output(
 
 
 def test_names_that_were_the_models_own_stay(tmp_path: Path) -> None:
-    names = ["model.transformer.wte.weight", "model.transformer.ln_f.weight"]
+    names = ["model.model.wte.weight", "model.model.ln_f.weight"]
     source = plain(tmp_path / "in", **{name: torch.randn(2) for name in names})
     consolidate(source, tmp_path / "guessed")
-    assert all(not name.startswith("model.") for name in read(tmp_path / "guessed"))
+    assert all(not name.startswith("model.model.") for name in read(tmp_path / "guessed"))
     (source / "config.json").write_text("{}")
     consolidate(source, tmp_path / "out")
     assert sorted(read(tmp_path / "out")) == sorted(names)
