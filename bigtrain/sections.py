@@ -109,6 +109,11 @@ class DataSection(Section):
             raise ValueError("give either name (a hub id or builtin:…) or train_files")
         if self.eval_files and self.eval_split is not None:
             raise ValueError("eval_files and eval_split both say what to evaluate on; keep one")
+        if isinstance(self.eval_split, str) and self.train_files:
+            raise ValueError(
+                f"eval_split {self.eval_split!r} names a split, and train_files have none; give a "
+                "share such as 0.05, or eval_files"
+            )
         if self.config_name is not None and self.name is None:
             raise ValueError("config_name belongs to name; train_files have none")
         return self

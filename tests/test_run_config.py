@@ -268,3 +268,13 @@ def test_what_a_model_from_scratch_can_not_be_is_told_with_its_line(load: Load) 
         "quick.yaml:5: model.config.num_attention_heads: 3 heads do not divide the hidden size "
         "4096; use 2 or 4",
     ]
+
+
+def test_a_split_of_files_that_have_none_is_refused(load: Load) -> None:
+    text = GOOD.replace("  name: builtin:python-docs", "  train_files: [a.txt]\n  eval_split: test")
+
+    [fault] = _faults(load, text)
+    assert fault.endswith(
+        "eval_split 'test' names a split, and train_files have none; give a share such as 0.05, or "
+        "eval_files"
+    )

@@ -208,7 +208,8 @@ def _refuse_nvme(plan: RunPlan) -> None:
     if uses_nvme(plan.engine):
         raise UnsupportedError(
             "engine: offload to nvme works for scripts with transformers' Trainer, whose "
-            "checkpoints are DeepSpeed's own; for a run file, offload to cpu"
+            "checkpoints are DeepSpeed's own; a run file's checkpoints can't be written from NVMe, "
+            "so it is planned (bigtrain plan) and not started: offload to cpu"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from bigtrain.errors import UnsupportedError
-from bigtrain.translate import topology_for, translate
+from bigtrain.translate import deepspeed_keys, topology_for, translate
 from bigtrain.translate.config import DeepSpeedSettings, EngineName, EngineOptions
 
 _VALUES = {
@@ -277,6 +277,93 @@ def test_options_that_an_engine_lacks_are_refused(
         _json(engine, options=options)
 
     assert raised.value.faults == (fault,)
+
+
+_DTYPES: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": True},
+    "fp16": {"fp16": True},
+    "bf16 masters": {"bf16": True},
+}
+_OFFLOADS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "optimizer to cpu": {"offload_optimizer": "cpu"},
+    "both to cpu": {"offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    "both to nvme": {
+        "offload_optimizer": "nvme",
+        "offload_parameters": "nvme",
+        "nvme_path": "/local/swap",
+    },
+    "parameters to nvme": {"offload_parameters": "nvme", "nvme_path": "/local/swap"},
+}
+_STAGE_3 = ("both to cpu", "both to nvme", "parameters to nvme")
+_COMBINATIONS = [
+    pytest.param(engine, offload, dtype, id=f"{engine}-{offload}-{dtype}")
+    for engine in ("zero1", "zero2", "zero3")
+    for offload in _OFFLOADS
+    for dtype in _DTYPES
+    if engine == "zero3" or offload not in _STAGE_3
+]
+
+
+@pytest.mark.parametrize(("engine", "offload", "dtype"), _COMBINATIONS)
+def test_every_stage_offload_and_precision_is_whole_and_understood(
+    engine: EngineName, offload: str, dtype: str
+) -> None:
+    masters: Any = "bf16" if dtype == "bf16 masters" else None
+    options = EngineOptions(**_OFFLOADS[offload], master_dtype=masters)
+
+    json = _json(engine, values=_DTYPES[dtype], options=options, device="cuda")
+
+    assert _misunderstood(json) == []
+    zero = json["zero_optimization"]
+    said = _OFFLOADS[offload]
+    assert zero["stage"] == int(engine[-1])
+    assert (zero.get("offload_optimizer") or {}).get("device") == said.get("offload_optimizer")
+    assert (zero.get("offload_param") or {}).get("device") == said.get("offload_parameters")
+    assert ("aio" in json) == ("nvme_path" in said)
+    assert [json[key]["enabled"] for key in ("bf16", "fp16")] == [
+        dtype.startswith("bf16"),
+        dtype == "fp16",
+    ]
+    assert json["bf16"]["bf16_master_weights_and_grads"] == (masters == "bf16")
+    assert json["data_types"] == {"grad_accum_dtype": masters or "fp32"}
+    assert "auto" not in [value for _, value in _leaves(json)]
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3"])
+def test_a_given_file_comes_through_to_what_deepspeed_parses(engine: EngineName) -> None:
+    given = {
+        "communication_data_type": "bf16",
+        "gradient_predivide_factor": 2.0,
+        "prescale_gradients": True,
+        "zero_optimization": {
+            "stage": int(engine[-1]),
+            "reduce_bucket_size": 5e7,
+            "overlap_comm": True,
+            "ignore_unused_parameters": False,
+            "offload_optimizer": {"device": "cpu", "buffer_count": 6, "pin_memory": False},
+        },
+        "bf16": {"enabled": "auto", "check_grad_overflow": True},
+    }
+
+    json = _json(engine, values=_VALUES | {"deepspeed": given}, device="cuda")
+
+    assert _misunderstood(json) == []
+    assert json["zero_optimization"]["offload_optimizer"]["buffer_count"] == 6
+    assert json["zero_optimization"]["reduce_bucket_size"] == 50_000_000
+    assert json["communication_data_type"] == "bf16"
+
+
+def test_every_key_that_is_emitted_is_one_that_given_files_may_have() -> None:
+    whole = EngineOptions(
+        offload_optimizer="nvme", offload_parameters="nvme", nvme_path="/local", secondary_shard=2
+    )
+    for engine in ("zero1", "zero2", "zero3"):
+        options = whole if engine == "zero3" else EngineOptions(offload_optimizer="cpu")
+        json = _json(engine, options=options, device="cuda")
+        assert list(deepspeed_keys.unknown(json)) == []
+        assert list(deepspeed_keys.mistyped(json)) == []
 
 
 def test_a_misspelt_key_is_noticed() -> None:
