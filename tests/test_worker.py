@@ -238,10 +238,10 @@ def test_a_model_is_tuned_from_its_directory_without_packing(run_file: Path) -> 
         (
             "model.config.hiden_size=3",
             ConfigError,
-            "model.config.hiden_size is unknown; did you mean hidden_size?",
+            "model.config.hiden_size: unknown key; did you mean 'hidden_size'?",
         ),
         ("data.eval_split=0.999", DataError, "leaves none to train on"),
-        ("data.sequence_length=128", ConfigError, "data.sequence_length is 128"),
+        ("data.sequence_length=128", ConfigError, "but data.sequence_length is 128"),
     ],
 )
 def test_a_mistake_is_named_before_anything_starts(
@@ -254,9 +254,9 @@ def test_a_mistake_is_named_before_anything_starts(
     monkeypatch.chdir(run_file.parent)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     arguments = [run_file.name, "--engine", "single", "--set", setting]
-    plan = own_plan(arguments, world=RankInfo(), environment=os.environ)
 
     with pytest.raises(error) as raised:
+        plan = own_plan(arguments, world=RankInfo(), environment=os.environ)
         worker.run(plan, world=RankInfo(), is_own=True)
 
     assert message in str(raised.value)
