@@ -15,11 +15,21 @@ from pathlib import Path
 import transformers
 
 from bigtrain.cluster.events import EventHandler
+from bigtrain.log_time import stamp
 from bigtrain.topology import RankInfo
 
 # Loggers whose INFO and below tells a user nothing to act on.
 _QUIET = ("DeepSpeed", "deepspeed", "torch.distributed", "httpx", "fsspec", "filelock")
 _DATED = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class _Dated(logging.Formatter):
+    """Its times say their zone."""
+
+    def formatTime(  # noqa: N802 (logging's own name)
+        self, record: logging.LogRecord, datefmt: str | None = None
+    ) -> str:
+        return stamp(record.created)
 
 
 def set_up(world: RankInfo, *, has_agent: bool) -> None:
@@ -43,7 +53,7 @@ def keep(path: Path) -> None:
     """Write bigtrain's records to a file as well, as an agent would have done."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(_DATED))
+    handler.setFormatter(_Dated(_DATED))
     _add(logging.getLogger("bigtrain"), handler)
 
 
@@ -57,7 +67,7 @@ def _stream_handler(world: RankInfo, *, level: int, has_agent: bool) -> logging.
     handler.setLevel(level)
     where = "" if has_agent or world.is_main else f"[{world.node_rank}:{world.rank}] "
     form = _DATED if has_agent else "%(message)s"
-    handler.setFormatter(logging.Formatter(where + form))
+    handler.setFormatter(_Dated(where + form))
     return handler
 
 

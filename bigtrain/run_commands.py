@@ -9,13 +9,20 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from bigtrain.cluster.run_logs import Source
 
 from bigtrain.errors import ConfigError, LaunchError
 
 _POLL_S = 0.5
+_LIST_S = 5.0
+"""How often a followed run is looked through for logs that are new."""
+_LOOKS_PER_S = 1000
+"""At most as many files are looked at: they may lie on a disk that thousands share."""
 
 Run = Annotated[
     str,
@@ -102,10 +109,10 @@ def logs(
     except re.error as error:
         raise ConfigError(f"flag --grep: {grep!r} is no regular expression: {error}") from None
     place = _output_dir(run)
-    lines = _lines(place, attempt, ranks=rank or [], nodes=node or [], follow=follow)
+    lines = _lines(place, attempt, ranks=rank or [], nodes=node or [], start=start, follow=follow)
     try:
-        for when, label, text in lines:
-            if when >= start and pattern.search(text):
+        for _, label, text in lines:
+            if pattern.search(text):
                 typer.echo(f"[{label}] {text}")
     except (KeyboardInterrupt, BrokenPipeError):
         os._exit(0)  # whoever reads has seen enough; nothing is left to be written
@@ -142,26 +149,47 @@ def _output_dir_of_file(path: Path) -> Path:
 
 
 def _lines(
-    place: Path, number: int | None, *, ranks: list[int], nodes: list[str], follow: bool
+    place: Path,
+    number: int | None,
+    *,
+    ranks: list[int],
+    nodes: list[str],
+    start: float,
+    follow: bool,
 ) -> Iterator[tuple[float, str, str]]:
-    """Time, label and text of every line; with `follow` also of those to come, for ever."""
-    from bigtrain.cluster.run_logs import Reader, attempts, merged, sources
+    """Time, label and text of every line from `start` on; with `follow` also of those to come."""
+    from bigtrain.cluster.run_logs import Reader, merged
 
     readers: dict[Path, Reader] = {}
+    listed = -_LIST_S
     while True:
-        folders = attempts(place)
-        chosen = [f for f in folders if number is None or f.name == f"attempt-{number:02d}"]
-        if not chosen and not follow:
-            there = ", ".join(folder.name for folder in folders) or "none"
-            raise ConfigError(f"{place} has no logs of that attempt; there are {there}")
-        for source in sources(chosen[-1], ranks=ranks, nodes=nodes) if chosen else ():
-            readers.setdefault(source.path, Reader(source))
-        if not readers and not follow:
-            raise ConfigError(f"{chosen[-1]} has no log of that rank or node")
-        if follow:
-            new = sorted(line for r in readers.values() for line in r.lines(is_final=False))
-        for line in new if follow else merged(list(readers.values())):
-            yield line.time, line.label, line.text
+        if time.monotonic() - listed >= _LIST_S:
+            for source in _sources(place, number, ranks=ranks, nodes=nodes, follow=follow):
+                if source.path not in readers:
+                    readers[source.path] = Reader(source)
+                    if start:
+                        readers[source.path].skip_to(start)
+            listed = time.monotonic()
+        for line in merged(list(readers.values()), is_final=not follow):
+            if line.time >= start:
+                yield line.time, line.label, line.text
         if not follow:
             return
-        time.sleep(_POLL_S)
+        time.sleep(_POLL_S + len(readers) / _LOOKS_PER_S)
+
+
+def _sources(
+    place: Path, number: int | None, *, ranks: list[int], nodes: list[str], follow: bool
+) -> list[Source]:
+    """The logs there are. ConfigError where there are none, unless they may come."""
+    from bigtrain.cluster.run_logs import attempts, sources
+
+    folders = attempts(place)
+    chosen = [f for f in folders if number is None or f.name == f"attempt-{number:02d}"]
+    if not chosen and not follow:
+        there = ", ".join(folder.name for folder in folders) or "none"
+        raise ConfigError(f"{place} has no logs of that attempt; there are {there}")
+    found = sources(chosen[-1], ranks=ranks, nodes=nodes) if chosen else []
+    if not found and not follow:
+        raise ConfigError(f"{chosen[-1]} has no log of that rank or node")
+    return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from typer.testing import CliRunner
 
 from bigtrain.cli import app
 from bigtrain.errors import ConfigError
+from bigtrain.log_time import stamp
 from bigtrain.run_commands import _output_dir
 from bigtrain.slurm.record import SubmissionRecord, remember
 
@@ -70,3 +73,22 @@ def test_a_sweep_is_asked_which_of_its_runs_is_meant(folder: Path) -> None:
 def test_what_is_no_run_is_refused_with_all_that_was_looked_for() -> None:
     with pytest.raises(ConfigError, match="nothing is neither a run file, nor a run's output"):
         _output_dir("nothing")
+
+
+def test_a_run_is_followed_from_a_time_on_with_all_that_comes(folder: Path) -> None:
+    _run(folder, "runs/tiny")
+    logs = folder / "runs/tiny/logs/attempt-01/node-000-node0"
+    command = [sys.executable, "-m", "bigtrain", "logs", "tiny", "--follow", "--since", "10m"]
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "TZ": "Asia/Tokyo"}
+    reading = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert reading.stdout is not None
+    try:
+        with (logs / "rank-00000.log").open("a") as file:
+            file.write(f"{stamp(time.time())} INFO x: now\n")
+        assert reading.stdout.readline().endswith("INFO x: now\n")
+        with (logs / "rank-00000.log").open("a") as file:
+            file.write(f"{stamp(time.time())} INFO x: later\n")
+        assert reading.stdout.readline().endswith("INFO x: later\n")
+    finally:
+        reading.kill()
+        reading.communicate()

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+from bigtrain.log_time import stamp
+
 
 class AgentLog:
     """Appends lines; each is on its way to the disk when `write` returns.
@@ -18,11 +20,10 @@ class AgentLog:
         self._file: TextIO = path.open("a", encoding="utf-8", buffering=1)
 
     def write(self, text: str) -> None:
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now))
+        now = stamp(time.time())
         with contextlib.suppress(OSError):
             for line in text.splitlines():
-                self._file.write(f"{stamp}.{int(now % 1 * 1000):03d} {line}\n")
+                self._file.write(f"{now} {line}\n")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

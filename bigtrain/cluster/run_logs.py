@@ -7,22 +7,28 @@ Rank 0's figures, which the console showed as progress, are lines of its log lik
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from bigtrain.console import progress_line
 from bigtrain.errors import ConfigError
+from bigtrain.log_time import read_stamp, stamp
 
-_STAMP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[,.](\d{3}) ")
 _FOLDER = re.compile(r"node-(\d+)-(.+)")
 _METRICS = "metrics.jsonl"
 _RANK_LOG = re.compile(r"rank-(\d+)\.log")
 _LONGEST_LINE = 1 << 20
+_BLOCK_BYTES = 1 << 16
+_MERGED_BYTES = 32 << 20
+"""Read ahead of all logs of a run together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,44 +86,95 @@ def _rank_of(name: str) -> int | None:
 
 
 class Reader:
-    """Reads a log from its start, and later what was appended to it."""
+    """Reads a log from its start, and later what was appended to it.
+
+    The file is open only while a block of it is read: a run has more logs than a process may have
+    files.
+    """
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._is_metrics = source.path.name == _METRICS
         self._offset = 0
         self._rest = b""
         self._time = 0.0
 
-    def lines(self, *, is_final: bool = True) -> Iterator[Line]:
+    def skip_to(self, start: float) -> None:
+        """Pass over what is older than `start`, as far as that needs no reading of all of it."""
+        with contextlib.suppress(OSError), self._source.path.open("rb") as file:
+            low, high = 0, file.seek(0, os.SEEK_END)
+            while high - low > _BLOCK_BYTES:
+                middle = (low + high) // 2
+                when = self._next_time(file, middle)
+                if when is not None and when < start:
+                    low, self._time = middle, when
+                else:
+                    high = middle
+            if low:
+                file.seek(low)
+                file.readline(_LONGEST_LINE)
+                self._offset = file.tell()
+
+    def lines(
+        self, *, is_final: bool = True, block_bytes: int = 16 * _BLOCK_BYTES
+    ) -> Iterator[Line]:
         """What is new since the last call. `is_final`: also a line that has no end yet."""
+        while block := self._read(block_bytes):
+            *whole, self._rest = (self._rest + block).split(b"\n")
+            if len(self._rest) >= _LONGEST_LINE:
+                whole.append(self._rest)
+                self._rest = b""
+            for raw in whole:
+                yield self._line(raw)
+        if is_final and self._rest:
+            rest, self._rest = self._rest, b""
+            yield self._line(rest)
+
+    def _read(self, number: int) -> bytes:
         try:
+            if self._source.path.stat().st_size <= self._offset:
+                return b""
             with self._source.path.open("rb") as file:
-                self._time = self._time or _first_time(self._source.path)
+                self._time = self._time or self._next_time(file, 0) or self._changed()
                 file.seek(self._offset)
-                while block := file.readline(_LONGEST_LINE):
-                    self._offset += len(block)
-                    whole = self._rest + block
-                    if whole.endswith(b"\n") or is_final or len(whole) >= _LONGEST_LINE:
-                        self._rest = b""
-                        yield self._line(whole)
-                    else:
-                        self._rest = whole
+                block = file.read(number)
         except FileNotFoundError:
-            return
+            return b""
+        self._offset += len(block)
+        return block
+
+    def _next_time(self, file: BinaryIO, offset: int) -> float | None:
+        """Of the first line after `offset` that has one, if it is near."""
+        file.seek(offset)
+        if offset:
+            file.readline(_LONGEST_LINE)
+        while file.tell() - offset < _LONGEST_LINE and (line := file.readline(_LONGEST_LINE)):
+            when = self._time_of(line)
+            if when is not None:
+                return when
+        return None
+
+    def _changed(self) -> float:
+        return self._source.path.stat().st_mtime
+
+    def _time_of(self, raw: bytes) -> float | None:
+        return read_stamp(_as_log_line(raw) if self._is_metrics else raw)
 
     def _line(self, raw: bytes) -> Line:
-        if self._source.path.name == _METRICS:
+        if self._is_metrics:
             raw = _as_log_line(raw)
-        stamp = _STAMP.match(raw)
-        self._time = (_read_stamp(stamp) if stamp else None) or self._time
+        self._time = read_stamp(raw) or self._time
         # A progress bar writes itself anew in one line: its last state is what counts.
         text = raw.rstrip(b"\r\n").rpartition(b"\r")[2].decode(errors="replace")
         return Line(time=self._time, label=self._source.label, text=text)
 
 
-def merged(readers: Sequence[Reader]) -> Iterator[Line]:
-    """All lines there are, in the order of time."""
-    return heapq.merge(*(reader.lines() for reader in readers))
+def merged(readers: Sequence[Reader], *, is_final: bool = True) -> Iterator[Line]:
+    """All new lines, in the order of time, with a few MiB of them in memory."""
+    block_bytes = min(
+        16 * _BLOCK_BYTES, max(_BLOCK_BYTES // 4, _MERGED_BYTES // (len(readers) + 1))
+    )
+    return heapq.merge(*(r.lines(is_final=is_final, block_bytes=block_bytes) for r in readers))
 
 
 def read_since(text: str, *, now: float) -> float:
@@ -138,26 +195,6 @@ def _as_log_line(raw: bytes) -> bytes:
     try:
         figures = json.loads(raw)
         when = float(figures["time"])
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
-        return f"{stamp},{int(when % 1 * 1000):03d} {progress_line(figures)}\n".encode()
+        return f"{stamp(when)} {progress_line(figures)}".encode()
     except (ValueError, KeyError, TypeError, OverflowError):
         return raw
-
-
-def _first_time(path: Path) -> float:
-    """Of the first line that has one: those before it, too, belong there."""
-    with path.open("rb") as file:
-        for _ in range(1000):
-            line = file.readline(_LONGEST_LINE)
-            stamp = _STAMP.match(line)
-            if not line or stamp:
-                break
-    return (_read_stamp(stamp) if stamp else None) or path.stat().st_mtime
-
-
-def _read_stamp(stamp: re.Match[bytes]) -> float | None:
-    try:
-        whole = time.strptime(stamp[1].decode(), "%Y-%m-%d %H:%M:%S")
-    except ValueError:
-        return None
-    return time.mktime(whole) + int(stamp[2]) / 1000

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import calendar
+import resource
 import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from bigtrain.cluster.run_logs import Reader, attempts, merged, read_since, sources
 from bigtrain.errors import ConfigError
+from bigtrain.log_time import read_stamp, stamp
 
 
 @pytest.fixture
@@ -40,7 +44,7 @@ def test_progress_is_a_line_of_rank_0_in_its_place(attempt: Path) -> None:
     lines = [f'{{"time": {when}, "step": 5, "loss": 3.25, "grad_norm": 1.5}}', "[]", "{half"]
     (attempt / "node-000-rack1" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     shown = _texts([Reader(source) for source in sources(attempt, ranks=[0, 1])])
-    progress = "[rack1:0] 2026-01-02 10:00:01,500 step 5  loss 3.250  norm 1.50"
+    progress = "[rack1:0] 2026-01-02 10:00:01,500+0000 step 5  loss 3.250  norm 1.50"
     assert shown[3:6] == [progress, "[rack1:0] []", "[rack1:0] {half"]
     assert shown[6] == "[rack2:1] 2026-01-02 10:00:02,000 INFO x: second"
 
@@ -90,3 +94,60 @@ def test_attempts_are_in_order_beyond_the_hundredth(tmp_path: Path) -> None:
         (tmp_path / "logs" / f"attempt-{number:02d}").mkdir(parents=True)
     names = [path.name for path in attempts(tmp_path)]
     assert names == ["attempt-09", "attempt-99", "attempt-100"]
+
+
+def test_more_logs_than_a_process_may_open_are_merged(tmp_path: Path) -> None:
+    folder = tmp_path / "logs" / "attempt-01" / "node-000-a"
+    folder.mkdir(parents=True)
+    for rank in range(300):
+        text = f"2026-01-02 10:00:{rank % 60:02d},000 INFO x: {rank}\n"
+        (folder / f"rank-{rank:05d}.log").write_text(text)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        texts = _texts([Reader(source) for source in sources(folder.parent)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(texts) == 300
+    assert [text.split()[2] for text in texts] == sorted(text.split()[2] for text in texts)
+
+
+def test_a_long_log_is_merged_in_little_memory_and_since_reads_little_of_it(
+    attempt: Path,
+) -> None:
+    (source,) = sources(attempt, ranks=[1])
+    line = "2026-01-02 {:02d}:{:02d}:00,000+0000 INFO x: " + "y" * 90 + "\n"
+    with source.path.open("w") as file:
+        for minute in range(24 * 60):
+            file.write(line.format(minute // 60, minute % 60) * 60)
+    assert source.path.stat().st_size > 10 << 20
+
+    tracemalloc.start()
+    count = sum(1 for _ in merged([Reader(source)], is_final=False))
+    reader = Reader(source)
+    reader.skip_to(calendar.timegm((2026, 1, 2, 23, 0, 0)))
+    late = [line.text for line in reader.lines()]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert count == 24 * 60 * 60
+    assert late[-1].startswith("2026-01-02 23:59")
+    assert sum("02 23:" in text for text in late) == 3600
+    assert len(late) < 2 * 3600
+    assert peak < 8 << 20
+
+
+@pytest.mark.parametrize("zone", ["UTC", "Europe/Berlin", "America/St_Johns"])
+def test_times_are_the_same_in_every_time_zone(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        written = stamp(1_800_000_000.25)
+        monkeypatch.setenv("TZ", "Asia/Kolkata")
+        time.tzset()
+        assert read_stamp(f"{written} hello".encode()) == 1_800_000_000.25
+        assert read_stamp(b"2027-01-15 09:00:00,250+0100 hello") == 1_800_000_000.25
+        assert read_stamp(b"2027-99-15 09:00:00,250+0100 hello") is None
+    finally:
+        monkeypatch.delenv("TZ")
+        time.tzset()
