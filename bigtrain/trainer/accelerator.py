@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.state import GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils.operations import recursively_apply
 from accelerate.utils.other import is_compiled_module
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -179,14 +180,16 @@ class Accelerator:
 
     def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """`gather`, without the samples that fill up the last batch of a data loader."""
-        if use_gather_object:
+        are_tensors = _all_tensors(input_data)
+        if use_gather_object or not are_tensors:
             gathered = collectives.gather_objects(input_data)
+            are_tensors = are_tensors and self.num_processes == 1
         else:
             gathered = collectives.gather(input_data)
         remainder = self.gradient_state.remainder
         if not self.gradient_state.end_of_dataloader or remainder <= 0:
             return gathered
-        return _first(gathered, remainder)
+        return _first(gathered, remainder) if are_tensors else gathered[:remainder]
 
     def pad_across_processes(
         self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
@@ -232,9 +235,14 @@ def _is_deepspeed_engine(module: nn.Module) -> bool:
     return deepspeed is not None and isinstance(module, deepspeed.DeepSpeedEngine)
 
 
+def _all_tensors(data: Any) -> bool:
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True
+
+
 def _first(data: Any, count: int) -> Any:
-    if isinstance(data, (list, tuple)) and data and isinstance(data[0], Tensor):
-        return type(data)(_first(item, count) for item in data)
-    if isinstance(data, dict):
-        return type(data)({key: _first(item, count) for key, item in data.items()})
-    return data[:count]
+    """The first `count` samples of every tensor; one without dimensions (a loss) has none."""
+    return recursively_apply(lambda tensor: tensor[:count] if tensor.ndim else tensor, data)

@@ -37,10 +37,10 @@ def _gather_tensor(tensor: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
-def gather_objects(data: Any) -> list[Any]:
-    """The ranks' lists one after another."""
+def gather_objects(data: Any) -> Any:
+    """The ranks' lists one after another; `data` itself where there is one rank."""
     if world_size() == 1:
-        return list(data)
+        return data
     pieces: list[Any] = [None] * world_size()
     dist.all_gather_object(pieces, data)
     return [item for piece in pieces for item in piece]

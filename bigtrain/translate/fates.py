@@ -66,7 +66,9 @@ FATES: Mapping[str, Rule] = {
     "max_steps": _loop("how long the loop runs; wins over num_train_epochs"),
     "gradient_accumulation_steps": _loop("micro-batches in one window"),
     "average_tokens_across_devices": _loop("what the loss is divided by"),
-    "auto_find_batch_size": _loop("starts over with half the micro-batch when memory runs out"),
+    "auto_find_batch_size": _loop(
+        "starts over with a micro-batch a tenth smaller when memory runs out"
+    ),
     # Optimizer and schedule
     "learning_rate": _OPTIMIZER,
     "weight_decay": _OPTIMIZER,

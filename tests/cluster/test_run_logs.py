@@ -44,7 +44,7 @@ def test_progress_is_a_line_of_rank_0_in_its_place(attempt: Path) -> None:
     lines = [f'{{"time": {when}, "step": 5, "loss": 3.25, "grad_norm": 1.5}}', "[]", "{half"]
     (attempt / "node-000-rack1" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     shown = _texts([Reader(source) for source in sources(attempt, ranks=[0, 1])])
-    progress = "[rack1:0] 2026-01-02 10:00:01,500+0000 step 5  loss 3.250  norm 1.50"
+    progress = f"[rack1:0] {stamp(when)} step 5  loss 3.250  norm 1.50"
     assert shown[3:6] == [progress, "[rack1:0] []", "[rack1:0] {half"]
     assert shown[6] == "[rack2:1] 2026-01-02 10:00:02,000 INFO x: second"
 

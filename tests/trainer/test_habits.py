@@ -280,6 +280,39 @@ def test_several_outputs_and_labels_come_back_as_tuples(tmp_path: Path) -> None:
     assert metrics is not None and "test_loss" in metrics
 
 
+class Rich(Regression):
+    """Gives outputs of every kind: nested, with samples, and a scalar."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Any, ...]:
+        loss, guess = super().forward(x, torch.zeros(len(x)) if labels is None else labels)
+        return (loss, (x, 2 * x), guess, guess.mean())
+
+
+@pytest.mark.parametrize("count", [8, 9, 10])
+@pytest.mark.parametrize("as_objects", [False, True])
+def test_predictions_of_a_short_last_batch_are_those_of_transformers(
+    tmp_path: Path, count: int, as_objects: bool
+) -> None:
+    asked = {"per_device_eval_batch_size": 4, "eval_use_gather_object": as_objects}
+    model = Regression() if as_objects else Rich()
+    ours = trainer(tmp_path, model=model, data=Points(8), **asked).predict(Points(count))
+    theirs = transformers.Trainer(
+        model=model,
+        args=arguments(tmp_path, kind=transformers.TrainingArguments, **asked),
+    ).predict(Points(count))
+
+    def shapes(outputs: Any) -> Any:
+        return (
+            [shapes(one) for one in outputs]
+            if isinstance(outputs, (tuple, list))
+            else (outputs.shape)
+        )
+
+    assert shapes(ours.predictions) == shapes(theirs.predictions)
+    last = ours.predictions if as_objects else ours.predictions[1]
+    np.testing.assert_array_equal(last, theirs.predictions if as_objects else theirs.predictions[1])
+
+
 def test_a_training_step_and_a_prediction_step_give_one_loss_before_any_training(
     tmp_path: Path,
 ) -> None:
