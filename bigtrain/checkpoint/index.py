@@ -245,10 +245,11 @@ def tiling_fault(entry: TensorEntry) -> str | None:
     for start, length in runs:
         if length == 0:
             continue
-        if start != reached:
-            what = "are missing" if start > reached else "are stored twice"
-            low, high = sorted((start, reached))
-            return f"{entry.kind} of {entry.name}: elements {low} to {high} {what}"
+        if start > reached:
+            return f"{entry.kind} of {entry.name}: elements {reached} to {start} are missing"
+        if start < reached:
+            twice = min(reached, start + length)
+            return f"{entry.kind} of {entry.name}: elements {start} to {twice} are stored twice"
         reached += length
     if reached != entry.numel:
         what = "are missing" if reached < entry.numel else "are past its end"
