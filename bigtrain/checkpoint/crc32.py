@@ -1,7 +1,7 @@
 """CRC-32: fast, and of pieces put together, so that several workers may read a record in any order.
 
-ISA-L's is several times as fast as zlib's, which is taken where there is none (it has wheels for x86-64
-and arm64).
+ISA-L's is several times as fast as zlib's, which is taken where there is none (it has wheels for
+x86-64 and arm64).
 
 A CRC is linear over GF(2): that of two pieces in a row follows from both, and the second's
 length. As zlib's `crc32_combine`, which Python doesn't offer.
