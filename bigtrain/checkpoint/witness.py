@@ -106,9 +106,10 @@ class Witness:
 
     def needs(self, path: Path, offset: int) -> None:
         """The record with this byte has to be checked, though nobody here reads it."""
-        passage = self._open.get(path)
-        if passage is None or not passage.record.start <= offset < passage.record.stop:
-            self._begin(path, offset)
+        with self._guard:
+            passage = self._open.get(path)
+            if passage is None or not passage.record.start <= offset < passage.record.stop:
+                self._begin(path, offset)
 
     def _begin(self, path: Path, offset: int) -> _Passage | None:
         record = self._find(path, offset)

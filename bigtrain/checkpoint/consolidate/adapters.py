@@ -11,32 +11,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.checkpoint.consolidate.frames import LowRank
 from bigtrain.checkpoint.index import BUFFER, TensorEntry
-from bigtrain.checkpoint.json_object import json_object
 from bigtrain.errors import CheckpointError
 
-ADAPTER_CONFIG = "adapter_config.json"
 _MATRICES = ("lora_A", "lora_B")
 _BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _PEFT = "base_model.model."
 _SAVED = "modules_to_save"
 _WRAPPED = ("base_layer", "original_module")
-_CHANGE_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-"""Ways to begin after which W is not what the model's own files say."""
-_OTHER_ARITHMETIC = (
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "layer_replication",
-    "megatron_config",
-    "monteclora_config",
-    "use_bdlora",
-    "use_qalora",
-)
 _CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Layers of transformers that are stored transposed."""
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -79,38 +64,6 @@ def adapter_tensors(weights: Mapping[str, TensorEntry]) -> dict[str, TensorEntry
         elif _SAVED in name.split(".") or (not whole and entry.kind != BUFFER):
             found[_PEFT + _plain(name)] = entry
     return found
-
-
-def read_adapter_config(path: Path | None, *, has_base: bool) -> dict[str, Any]:
-    """PEFT's configuration of the adapter; CheckpointError where it can't be merged by it."""
-    if path is None:
-        raise CheckpointError(
-            f"there is no {ADAPTER_CONFIG} beside the adapter, which says how strong it is; put it "
-            "there to merge it"
-        )
-    try:
-        config = json_object(path.read_bytes())
-    except ValueError as fault:
-        raise CheckpointError(f"{path}: not JSON ({fault}); it is damaged") from fault
-    kind = config.get("peft_type")
-    initial = str(config.get("init_lora_weights", True)).lower()
-    refused = {
-        f"it is a {kind} adapter": kind != "LORA",
-        "it uses DoRA": config.get("use_dora"),
-        "it trains biases (lora_bias)": config.get("lora_bias"),
-        "it trains biases (bias)": config.get("bias", "none") != "none",
-        "it trains single tokens": config.get("trainable_token_indices"),
-        "it targets parameters": config.get("target_parameters"),
-        f"its beginning ({initial}) changed the model's own weights": not has_base
-        and initial.startswith(_CHANGE_THE_MODEL),
-        **{f"it uses {key}": config.get(key) for key in _OTHER_ARITHMETIC},
-    }
-    if reasons := [reason for reason, holds in refused.items() if holds]:
-        raise CheckpointError(
-            f"{path}: {reasons[0]}, which can't be merged here; merge it by PEFT's "
-            "merge_and_unload, or leave out --merge-adapter"
-        )
-    return dict(config)
 
 
 def merged_tensors(

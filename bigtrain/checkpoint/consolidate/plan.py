@@ -11,13 +11,12 @@ from typing import Any
 
 import xxhash
 
+from bigtrain.checkpoint.consolidate.adapter_config import ADAPTER_CONFIG, read_adapter_config
 from bigtrain.checkpoint.consolidate.adapters import (
-    ADAPTER_CONFIG,
     adapter_tensors,
     is_adapter,
     is_whole,
     merged_tensors,
-    read_adapter_config,
 )
 from bigtrain.checkpoint.consolidate.casting import target_dtype
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor

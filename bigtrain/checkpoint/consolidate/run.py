@@ -138,7 +138,11 @@ def _copy_all(
 ) -> tuple[list[WrittenFile], str]:
     workers = min(len(plan.files), jobs or min(_MOST_JOBS, os.cpu_count() or 1))
     stopping = threading.Event()
-    copiers = [Copier(plan.source.index, plan.source.find_record, stopping) for _ in range(workers)]
+    merging = threading.Lock()
+    copiers = [
+        Copier(plan.source.index, plan.source.find_record, stopping, merging=merging)
+        for _ in range(workers)
+    ]
     idle = list(copiers)
 
     def copy(file: OutputFile) -> WrittenFile:

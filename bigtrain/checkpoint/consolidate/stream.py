@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,15 @@ from bigtrain.checkpoint.consolidate.product import Product
 from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink, write_all
 from bigtrain.checkpoint.dtypes import DTYPES
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
-from bigtrain.checkpoint.witness import RecordSource, Witness
+from bigtrain.checkpoint.witness import RecordSource, Witness, no_records
 from bigtrain.errors import CheckpointError
 
 _CAST_ELEMENTS = 1 << 17
 """At a time: source, result and what lies between stay in the processor's cache."""
 _TILE_BYTES = 8 << 20
 """Of interleaved tensors: with pieces by a thousand ranks, reads are still 8 KiB each."""
+_MERGED_BYTES = 4 << 20
+"""Of rows that an adapter is added to, in float32."""
 _SPAN_BYTES = 4 << 20
 _OPEN_FILES = 128
 
@@ -76,13 +79,19 @@ class Copier:
     """One worker. Its `witness` tells what it saw of the source."""
 
     def __init__(
-        self, index: TensorIndex, find_record: RecordSource, stopping: threading.Event
+        self,
+        index: TensorIndex,
+        find_record: RecordSource,
+        stopping: threading.Event,
+        *,
+        merging: threading.Lock,
     ) -> None:
         self.witness = Witness(find_record)
         self.done_bytes = 0
         """Of output."""
         self._index = index
         self._stopping = stopping
+        self._merging = merging
         self._open: OrderedDict[int, int] = OrderedDict()
         self._scratch = memoryview(b"")
 
@@ -186,21 +195,24 @@ class Copier:
     def _copy_merged(
         self, tensor: OutputTensor, update: LowRank, sink: Sink, digest: Digest
     ) -> int:
-        """W + scaling · B·A, some rows at a time. Both factors are held whole: they are small."""
+        """W + scaling · B·A, some rows at a time."""
         entry, cast = tensor.entry, make_cast(DTYPES["float32"], tensor.dtype)
-        product = Product(update, *map(self._whole, (update.a, update.b)))
+        if not entry.numel:
+            return 0
         columns = entry.numel // entry.shape[0]
-        step = max(1, _TILE_BYTES // (4 * columns))
+        step = max(1, _MERGED_BYTES // (4 * columns))
         infinite = 0
-        for row in range(0, entry.shape[0], step):
-            end = min(entry.shape[0], row + step)
-            tile = self._gathered(entry, row * columns, end * columns)
-            merged = product.added_to(tile, entry.dtype, row, end)
-            infinite += self._give_cast(merged, (4, tensor.dtype.itemsize), cast, sink, digest)
+        # Pieces of the factors are read out of order, maybe twice: their records are checked later.
+        sink.note(partial(self._need, update.a, update.b))
+        factors = Copier(self._index, no_records, self._stopping, merging=self._merging)
+        with self._merging, closing(factors):
+            product = Product(update, factors._gathered)
+            for row in range(0, entry.shape[0], step):
+                end = min(entry.shape[0], row + step)
+                tile = self._gathered(entry, row * columns, end * columns)
+                merged = product.added_to(tile, entry.dtype, row, end)
+                infinite += self._give_cast(merged, (4, tensor.dtype.itemsize), cast, sink, digest)
         return infinite
-
-    def _whole(self, entry: TensorEntry) -> bytes:
-        return bytes(self._gathered(entry, 0, entry.numel))
 
     def _gathered(self, entry: TensorEntry, start: int, stop: int) -> memoryview:
         """Elements [start, stop), until the next call."""
@@ -311,7 +323,10 @@ class Copier:
 
     def _require(self, tensor: OutputTensor) -> None:
         update = tensor.update
-        for entry in [tensor.entry, *([update.a, update.b] if update else [])]:
+        self._need(tensor.entry, *([update.a, update.b] if update else []))
+
+    def _need(self, *entries: TensorEntry) -> None:
+        for entry in entries:
             for extent in entry.extents:
                 self.witness.needs(self._index.files[extent.file], extent.offset)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,37 @@ def test_merged_is_what_peft_merges(form: str, rslora: bool, tmp_path: Path) -> 
     assert not (tmp_path / "out" / "adapter_config.json").exists()
 
 
+@pytest.mark.parametrize("beginning", [True, False, "gaussian", "orthogonal", "mica"])
+def test_beginnings_that_leave_the_model_as_it_is_are_merged(
+    beginning: bool | str, tmp_path: Path
+) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = ["q_proj"] if beginning == "orthogonal" else LORA["target_modules"]
+    model = adapted(base, LORA | {"init_lora_weights": beginning, "target_modules": targets})
+    model.save_pretrained(tmp_path / "in", save_embedding_layers=False)
+
+    consolidate(tmp_path / "in", tmp_path / "out", merge_adapter=True)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_pissa_merges_with_its_own_changed_base_and_not_with_the_first_one(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    targets = ["q_proj", "down_proj"]
+    model = adapted(base, LORA | {"init_lora_weights": "pissa", "target_modules": targets})
+    model.save_pretrained(tmp_path / "in", save_embedding_layers=False)
+
+    consolidate(write_live(model, tmp_path / "live"), tmp_path / "out", merge_adapter=True)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+    with pytest.raises(CheckpointError, match=r"its beginning \(pissa\) changed the model's own"):
+        consolidate(tmp_path / "in", tmp_path / "no", merge_adapter=True)
+
+
 def test_an_adapter_alone_is_merged_into_the_model_that_it_names(tmp_path: Path) -> None:
     llama().to(torch.bfloat16).save_pretrained(tmp_path / "base")
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -143,6 +176,72 @@ def test_a_matrix_of_several_tiles_is_merged_whole(
     consolidate(write_live(model, tmp_path / "in"), tmp_path / "out", merge_adapter=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_factors_as_large_as_the_model_are_merged_by_pieces_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigtrain.checkpoint.consolidate import product, stream
+
+    for module, name, nbytes in (
+        (stream, "_MERGED_BYTES", 4000),
+        (product, "_PIECE_BYTES", 1600),
+        (product, "_WHOLE_BYTES", 0),
+        (product, "_READ_BYTES", 300),
+    ):
+        monkeypatch.setattr(module, name, nbytes)
+    model = adapted(llama(), LORA | {"r": 12})
+    source = write_live(model, tmp_path / "in")
+
+    consolidate(source, tmp_path / "out", merge_adapter=True, verify=True)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-3, atol=1e-4)
+    factor = model.state_dict()[
+        "base_model.model.model.layers.0.mlp.down_proj.lora_B.default.weight"
+    ]
+    flip_a_bit(source, factor.numpy().tobytes())
+    with pytest.raises(CheckpointError, match=r"(?s)checksum differs.*layers\.0\.mlp\.down_proj"):
+        consolidate(source, tmp_path / "again", merge_adapter=True, trust_times=True)
+
+
+def flip_a_bit(source: Path, content: bytes) -> None:
+    """In the middle of these bytes, wherever they lie."""
+    for path in source.glob("*.distcp"):
+        stored = bytearray(path.read_bytes())
+        if (at := stored.find(content)) >= 0:
+            stored[at + len(content) // 2] ^= 4
+            path.write_bytes(stored)
+            return
+    raise AssertionError("it is nowhere")
+
+
+def test_an_adapter_takes_little_memory_however_large_its_factors(tmp_path: Path) -> None:
+    # Both factors whole would take 120 MB in bf16 and float32.
+    rows, columns, rank = 20_000, 252, 1016
+    for name in ("base", "in"):
+        (tmp_path / name).mkdir()
+    weight = {"l.weight": torch.empty(rows, columns).normal_()}
+    save_file(weight, tmp_path / "base" / "model.safetensors")
+    factors = {"lora_A.weight": (rank, columns), "lora_B.weight": (rows, rank)}
+    stored = {
+        f"base_model.model.l.{name}": torch.empty(shape, dtype=torch.bfloat16).normal_()
+        for name, shape in factors.items()
+    }
+    save_file(stored, tmp_path / "in" / "adapter_model.safetensors")
+    peft.LoraConfig(r=rank, base_model_name_or_path=str(tmp_path / "base")).save_pretrained(
+        tmp_path / "in"
+    )
+    code = (
+        "import sys; from bigtrain.checkpoint.consolidate import consolidate\n"
+        "consolidate(*sys.argv[1:3], merge_adapter=True)\n"
+        "print(next(line for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "in"), str(tmp_path / "out")]
+
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+
+    assert int(done.stdout.split()[1]) < 100_000  # KiB
 
 
 def without_config(source: Path) -> None:
@@ -214,6 +313,11 @@ def adapter_alone(path: Path, **fields: object) -> Path:
             ({"init_lora_weights": start}, rf"its beginning \({start}\) changed the model's own")
             for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga")
         ],
+        ({"init_lora_weights": "new"}, r"its beginning \(new\) is not known here, and may have"),
+        ({"some_later_option": {"x": 1}}, "it uses some_later_option, which can't be merged"),
+        ({"lora_alpha": "strong"}, "lora_alpha is 'strong', which PEFT never writes"),
+        ({"alpha_pattern": {"(": 1}}, "alpha_pattern is .* which PEFT never writes"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, which PEFT never"),
         ({"use_qalora": True}, "it uses use_qalora, which can't be merged"),
         ({"alora_invocation_tokens": [1]}, "it uses alora_invocation_tokens"),
         ({"layer_replication": [[0, 1]]}, "it uses layer_replication"),
