@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -30,16 +29,18 @@ from bigtrain.cluster import environment as rank_environment
 from bigtrain.cluster import local, nodes
 from bigtrain.cluster.rendezvous import RefusedError, Seat
 from bigtrain.cluster.rendezvous_address import interface_towards, is_own
+from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.cluster_flags import ClusterFlags
 from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
-from bigtrain.layers import Override, parse_assignment
+from bigtrain.layers import Override
 from bigtrain.plan import RunPlan, write_plan
 from bigtrain.plan_command import forecast_here, plan_as_json
 from bigtrain.plan_report import report
 from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.planning.output_dir import check_not_in_use, plan_path
-from bigtrain.slurm import identity
+from bigtrain.sections import ClusterSection
+from bigtrain.slurm import identity, time_limit
 
 _RUN_FILES = (".yaml", ".yml")
 # torch warns of every peer whose address has no name.
@@ -63,15 +64,16 @@ class Launch:
     checks_memory: bool = True
     """A run that can't fit on this machine is refused."""
 
-    def plan(self, *more: Override, is_job: bool = False) -> RunPlan:
-        """The plan with `more` said on top. `is_job`: it runs on nodes that Slurm will give."""
-        from bigtrain.slurm.submit import gpus_of_nodes
-
+    def plan(
+        self, *more: Override, gpus_of_nodes: Callable[[ClusterSection], int] | None = None
+    ) -> RunPlan:
+        """The plan with `more` said on top. `gpus_of_nodes`: it runs on nodes that Slurm will give,
+        with as many GPUs each."""
         said = (*self.request.overrides, *self.where.overrides(), *more)
         surroundings = Surroundings(
             environment=self.environment,
             working_dir=self.working_dir,
-            gpus_of_nodes=gpus_of_nodes if is_job else None,
+            gpus_of_nodes=gpus_of_nodes,
         )
         return make_plan(dataclasses.replace(self.request, overrides=said), surroundings)
 
@@ -86,7 +88,9 @@ def run(launch: Launch) -> int:
     where, environment = launch.where, launch.environment
     tasks = identity.tasks_of_step(environment)
     if where.slurm:
-        return _submit(launch)
+        from bigtrain import submit_command
+
+        return submit_command.run(launch)
     where.refuse_slurms()
     if where.nodes is not None and ":" in where.nodes:
         return _elastic(launch)
@@ -165,87 +169,6 @@ def _how_to_use_nodes(number: int, launch: Launch) -> str:
     )
 
 
-# A Slurm job
-
-
-def _submit(launch: Launch) -> int:
-    from bigtrain.slurm.settings import read_settings
-    from bigtrain.slurm.submit import describe, submit
-
-    if identity.tasks_of_step(launch.environment):
-        raise ConfigError("flag --slurm: this is a task of a Slurm job already; leave it out")
-    if launch.where.node_rank is not None or launch.where.rdzv_endpoint is not None:
-        raise ConfigError("flag --slurm: Slurm knows the nodes; leave --node-rank and "
-                          "--rdzv-endpoint out")  # fmt: skip
-    plans = _plans_of_job(launch)
-    settings = read_settings(plans[0].slurm, origins=_origins_of_options(plans[0]))
-    if launch.dry_run:
-        return _show_job(plans, describe(plans, settings=settings), launch)
-    taken = submit(plans, settings=settings, environment=launch.environment)
-    if launch.as_json:
-        told = {"kind": "submitted", "job_id": taken.job_id, "log": taken.log}
-        typer.echo(json.dumps(told | ({"notes": list(taken.notes)} if taken.notes else {})))
-    else:
-        typer.echo(f"job {taken.job_id}, {_shape(plans)}\nlog {taken.log}")
-        for note in taken.notes:
-            typer.echo(f"note: {note}", err=True)
-    return 0
-
-
-def _show_job(plans: Sequence[RunPlan], script: str, launch: Launch) -> int:
-    """The script alone on stdout, as sbatch takes it; the plan (the first of a sweep) beside it."""
-    plan = plans[0]
-    found = forecast_here(plan, launch.environment)
-    if launch.as_json:
-        typer.echo(json.dumps(plan_as_json(plan, found) | {"script": script}, indent=2))
-        return 0
-    typer.echo(report(plan, found, shows_all=launch.shows_all) + "\n", err=True)
-    typer.echo(script, nl=False)
-    return 0
-
-
-def _plans_of_job(launch: Launch) -> list[RunPlan]:
-    """One plan, or one for each combination of the values that `--sweep` names."""
-    first = launch.plan(*launch.nodes(), is_job=True)
-    if not launch.where.sweep:
-        return [first]
-    axes = [_axis(text) for text in launch.where.sweep]
-    plans = []
-    for point in itertools.product(*axes):
-        label = ",".join(f"{o.key.rpartition('.')[2]}={_plain(o.value)}" for o in point)
-        own = (
-            Override(key="output_dir", value=f"{first.output_dir}/{label}", origin="--sweep"),
-            Override(key="name", value=f"{first.name}/{label}", origin="--sweep"),
-        )
-        plans.append(launch.plan(*launch.nodes(), *point, *own, is_job=True))
-    return plans
-
-
-def _axis(text: str) -> list[Override]:
-    """`training.learning_rate=1e-4,3e-4` as one override for each value."""
-    key, separator, values = text.partition("=")
-    if not separator or not all(values.split(",")):
-        raise ConfigError(f"--sweep {text}: write section.key=value,value")
-    found = [parse_assignment(f"{key}={value}") for value in values.split(",")]
-    return [dataclasses.replace(override, origin="--sweep") for override in found]
-
-
-def _plain(value: object) -> str:
-    return "".join(c if c.isalnum() or c in "-+._" else "_" for c in str(value))
-
-
-def _shape(plans: Sequence[RunPlan]) -> str:
-    topology = plans[0].topology
-    shape = f"{topology.nodes} × {topology.procs_per_node} ranks on {plans[0].device}"
-    return f"an array of {len(plans)} runs, {shape} each" if len(plans) > 1 else shape
-
-
-def _origins_of_options(plan: RunPlan) -> dict[str, str]:
-    prefix = "cluster.slurm."
-    found = plan.origins.items()
-    return {key.removeprefix(prefix): said for key, said in found if key.startswith(prefix)}
-
-
 # A share of a run over several machines
 
 
@@ -256,7 +179,13 @@ def _on_this_node_of_step(launch: Launch) -> int:
         raise ConfigError(f"flag --nodes: {asked}, and this step of srun's has {number} nodes")
     seat = identity.read_seat(launch.environment)
     restarts = identity.restart_count(launch.environment)
-    return _take_seat(launch, seat, _nodes(number, "srun"), is_restart=restarts > 0)
+    return _take_seat(
+        launch,
+        seat,
+        _nodes(number, "srun"),
+        is_restart=restarts > 0,
+        read_limit=lambda: time_limit.of_job(launch.environment),
+    )
 
 
 def _on_this_machine_of_several(launch: Launch) -> int:
@@ -281,7 +210,14 @@ def _on_this_machine_of_several(launch: Launch) -> int:
     return _take_seat(launch, seat, _nodes(number, "flag --nodes"), is_restart=False)
 
 
-def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool) -> int:
+def _take_seat(
+    launch: Launch,
+    seat: Seat,
+    number: Override,
+    *,
+    is_restart: bool,
+    read_limit: Callable[[], TimeLimit | None] | None = None,
+) -> int:
     """Every node plans for itself; when they meet, they find out whether they plan the same."""
     try:
         made = launch.plan(number)
@@ -301,7 +237,12 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, is_restart: bool
     console = open_console(as_json=launch.as_json)
     try:
         return nodes.launch(
-            made, plan_path(made), seat=seat, console=console, inherited=launch.environment
+            made,
+            plan_path(made),
+            seat=seat,
+            console=console,
+            inherited=launch.environment,
+            read_limit=read_limit,
         )
     except RefusedError as error:
         return error.exit_code  # the first node has said why

@@ -75,6 +75,9 @@ class RunPlan:
     """The only network interface over which nodes meet; None: whichever all of them reach."""
     join_timeout_s: int = 600
     """How long all nodes have to come."""
+    stop_grace_s: int | None = None
+    """From SIGTERM until ranks that are still there are killed; None: 30 s, and in a step of
+    Slurm's as long as Slurm itself leaves."""
     origins: Mapping[str, str] = field(default_factory=dict)
     """`section.key` → where its value was said: `flag --engine`, `--set`, `run.yaml:12`.
 

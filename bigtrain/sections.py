@@ -155,6 +155,7 @@ class ClusterSection(Section):
     slurm: dict[str, Any] = Field(default_factory=dict)
     interface: str | None = None
     join_timeout_s: Count = 600
+    stop_grace_s: Count | None = None
 
     def environment(self) -> Mapping[str, str]:
         """The variables as text: YAML reads `OMP_NUM_THREADS: 4` as a number."""

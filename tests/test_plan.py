@@ -103,6 +103,7 @@ def test_the_plan_s_json_golden() -> None:
         "slurm": {},
         "interface": None,
         "join_timeout_s": 600,
+        "stop_grace_s": None,
         "origins": {"training.bf16": "a b.yaml:3"},
     }
 

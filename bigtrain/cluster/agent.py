@@ -61,7 +61,8 @@ class Agent:
         )
         self._environment = environment.for_node(plan, inherited=inherited, logs=self._logs)
         # In a step of Slurm's, KillWait and GraceTime say how long a save may take.
-        self._stop_grace_s = math.inf if "SLURM_STEP_ID" in inherited else STOP_GRACE_S
+        usual = math.inf if "SLURM_STEP_ID" in inherited else STOP_GRACE_S
+        self._stop_grace_s = usual if plan.stop_grace_s is None else float(plan.stop_grace_s)
         self._server: ForkServer | None = None
         self.saved: str | None = None
         """The last checkpoint that the ranks have told of."""

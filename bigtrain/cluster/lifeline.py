@@ -6,7 +6,8 @@ hides 85 or 3 of the node that knew why) and notices a machine that is gone afte
 
     a node's ranks are failing      → "failing" to the first node
     its ranks have all left         → "left", with its exit code and what failed
-    the first node to all others:     "end" when a node fails or is lost; "leave" when all have left
+    the first node to all others:     "end" when a node fails or is lost; "leave" when all have
+                                      left; "notice" when the time limit is near
 
 A lost node is noticed by the kernel's keepalive within about 25 s, a dead agent at once. Where the
 run has spare nodes, "leave" may name the attempt that it goes on with: then the next round begins,
@@ -34,7 +35,8 @@ from bigtrain.cluster.rendezvous_wire import LineReader
 EXIT_AGAIN = 85
 """Run me again: what was saved last is to be gone on from."""
 _LEAVE_WITHIN_S = 45.0
-"""From the moment that nodes are told to end: longer than the ranks' own grace."""
+"""From the moment that nodes are told to end: longer than the ranks' usual grace."""
+_BEYOND_GRACE_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,9 +86,9 @@ def judge(endings: Mapping[int, Ending], lost: Mapping[int, str]) -> Verdict:
     return Verdict(code=EXIT_AGAIN if EXIT_AGAIN in codes else max(codes, default=0), cause=None)
 
 
-Conclude: TypeAlias = Callable[[Verdict, Collection[int]], Attempt | None]
+Conclude: TypeAlias = Callable[[Verdict, Collection[int]], Verdict]
 """On the first node, what is to follow: given how a round ended and the nodes that are alive, the
-attempt to go on with, or None. Called before any other node knows, and may leave."""
+verdict that all are told. Called before any other node knows, and may leave."""
 
 
 class Lifeline:
@@ -94,8 +96,12 @@ class Lifeline:
     the nodes that have a place in it, and `stand_by` on the others. `close` once, at the end.
     """
 
-    def __init__(self, seat: Seat, joined: Joined, *, places: Collection[int]) -> None:
+    def __init__(
+        self, seat: Seat, joined: Joined, *, places: Collection[int], grace_s: float = 0.0
+    ) -> None:
+        """`grace_s`: how long ranks have to leave when they are told to, where that was said."""
         self._seat = seat
+        self._leave_within_s = max(_LEAVE_WITHIN_S, grace_s + _BEYOND_GRACE_S)
         self._connections = dict(joined.connections)
         self._readers = dict(joined.readers)
         self._changed = threading.Condition()
@@ -104,6 +110,7 @@ class Lifeline:
         self._verdict: Verdict | None = None
         self._is_over = False
         self._on_end: Callable[[], None] | None = None
+        self._on_notice: Callable[[], None] | None = None
         self._start_over(places)
         self._wake_end, self._wake = os.pipe()
         self._watcher = threading.Thread(target=self._watch, name="lifeline", daemon=True)
@@ -114,11 +121,14 @@ class Lifeline:
         """Whether this is another node than the first, and the first is gone."""
         return 0 in self._lost
 
-    def begin(self, *, on_end: Callable[[], None]) -> None:
+    def begin(
+        self, *, on_end: Callable[[], None], on_notice: Callable[[], None] = lambda: None
+    ) -> None:
         """This node's ranks are about to be started. `on_end` is called in a thread, at most once
-        in this round, when they must go because of what happened on another node."""
+        in this round, when they must go because of what happened on another node; `on_notice` when
+        they are to save and leave, to be started again."""
         with self._changed:
-            self._on_end = on_end
+            self._on_end, self._on_notice = on_end, on_notice
             is_late = self._told_to_end
         if is_late:
             threading.Thread(target=on_end, name="lifeline-end", daemon=True).start()
@@ -129,6 +139,12 @@ class Lifeline:
             self._end_all(tell_self=False)
         else:
             self._send(0, {"failing": True})
+
+    def give_notice(self) -> None:
+        """On the first node: the ranks of all nodes are to save and leave, to be started again."""
+        for rank in self._others():
+            self._send(rank, {"notice": True})
+        self._take_notice()
 
     def leave(self, ending: Ending, *, conclude: Conclude) -> Verdict:
         """Report this node's end and wait for all others'; what the round as a whole ended with."""
@@ -167,17 +183,16 @@ class Lifeline:
                 self._give_up(rank)
             verdict = judge(self._endings, self._lost)
             alive = {0, *self._connections} - self._gone
-        following = conclude(verdict, alive)
-        if following is None:
+        verdict = conclude(verdict, alive)
+        if verdict.successor is None:
             self._is_over = True
         else:
-            verdict = dataclasses.replace(verdict, successor=asdict(following))
             with self._changed:
-                self._start_over(following.places)
+                self._start_over(Attempt.from_message(verdict.successor).places)
         for rank in self._connections:
             told = verdict if rank in alive else dataclasses.replace(verdict, successor=None)
             self._send(rank, {"leave": asdict(told)})
-        if following is not None and self._lost:
+        if verdict.successor is not None and self._lost:
             self._end_all(tell_self=True)
         return verdict
 
@@ -211,13 +226,13 @@ class Lifeline:
         self._places = frozenset(places)
         self._endings: dict[int, Ending] = {}
         self._lost = {r: self._seat.name_of(r) for r in self._places & self._gone}
-        self._on_end = None
+        self._on_end = self._on_notice = None
         self._told_to_end = False
         self._told_others = False
         self._limit: float | None = None
 
     def _set_limit(self) -> None:
-        self._limit = self._limit or time.monotonic() + _LEAVE_WITHIN_S
+        self._limit = self._limit or time.monotonic() + self._leave_within_s
         self._changed.notify_all()
 
     # The thread's side
@@ -255,6 +270,8 @@ class Lifeline:
             return  # it was given up, and the round that it speaks of is over
         if "end" in message:
             self._end_self()
+        elif "notice" in message:
+            self._take_notice()
         elif "failing" in message:
             self._end_all(tell_self=True, but=rank)
         elif "leave" in message:
@@ -270,6 +287,12 @@ class Lifeline:
             else:  # here, and not where it is waited for: the next message may be of that round
                 self._start_over(Attempt.from_message(verdict.successor).places)
             self._changed.notify_all()
+
+    def _take_notice(self) -> None:
+        with self._changed:
+            on_notice = self._on_notice
+        if on_notice is not None:
+            on_notice()
 
     def _take_ending(self, rank: int, ending: Ending) -> None:
         with self._changed:

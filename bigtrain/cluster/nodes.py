@@ -25,6 +25,7 @@ from bigtrain.cluster.lifeline import EXIT_AGAIN, Lifeline, Verdict
 from bigtrain.cluster.node_agent import NodeAgent
 from bigtrain.cluster.rendezvous import Joined, Member, Seat
 from bigtrain.cluster.rendezvous_address import interface_of
+from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.console import Console, Event
 from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan
@@ -41,15 +42,17 @@ def launch(
     console: Console,
     inherited: Mapping[str, str],
     again: bool = False,
-    record: Callable[[Verdict], None] = lambda verdict: None,
+    record: Callable[[Verdict], Verdict] = lambda verdict: verdict,
+    read_limit: Callable[[], TimeLimit | None] | None = None,
 ) -> int:
     """Run this node's share of `plan`; returns the run's exit code, the same on all nodes.
 
     Every node calls it in its main thread, with the plan as it was made, and where that lies or is
     to lie. Nodes beyond those that the plan is for are spare. `again`: the same run was started
     before, so this is a new attempt that goes on from the last checkpoint. `record` is called on
-    the first node with the run's end, before any node leaves; where the first node is lost, on
-    those that are left. LaunchError, on all nodes, when they can't start together.
+    the first node with the run's end, before any node leaves, and may make another one of it; where
+    the first node is lost, on those that are left. `read_limit` tells when the run has to be gone:
+    it saves and leaves ahead of that. LaunchError, on all nodes, when they can't start together.
     """
     if plan.max_restarts:
         raise ConfigError(
@@ -72,10 +75,15 @@ def launch(
                 console=console,
                 inherited=inherited,
                 record=record,
+                read_limit=read_limit,
             )
             signals.then(run.lifeline.hurry)
         except _StoppedError as stop:
-            return stop.exit_code
+            verdict = Verdict(code=stop.exit_code, cause=None)
+            if seat.node_rank == 0:
+                verdict = record(verdict)
+                _tell(verdict, console)
+            return verdict.code
         return run.run()
 
 
@@ -92,7 +100,8 @@ class _NodeRun:
         joined: Joined,
         console: Console,
         inherited: Mapping[str, str],
-        record: Callable[[Verdict], None],
+        record: Callable[[Verdict], Verdict],
+        read_limit: Callable[[], TimeLimit | None] | None,
     ) -> None:
         self._plan = plan
         self._plan_path = plan_path
@@ -101,9 +110,12 @@ class _NodeRun:
         self._console = console
         self._inherited = inherited
         self._record = record
+        self._read_limit = read_limit
         self._attempt = Attempt.from_message(joined.decision)
         self._saved: str | None = None
-        self.lifeline = Lifeline(seat, joined, places=self._attempt.places)
+        self.lifeline = Lifeline(
+            seat, joined, places=self._attempt.places, grace_s=float(plan.stop_grace_s or 0)
+        )
 
     def run(self) -> int:
         """The exit code of the run, the same on all nodes."""
@@ -112,6 +124,8 @@ class _NodeRun:
             while verdict.successor is not None:
                 self._attempt = Attempt.from_message(verdict.successor)
                 verdict = self._take_part()
+            if self.lifeline.has_lost_head:
+                verdict = self._record(verdict)
         finally:
             self.lifeline.close()
             if self._joined.listener is not None:
@@ -134,28 +148,26 @@ class _NodeRun:
             joined=self._joined,
             lifeline=self.lifeline,
             conclude=self._conclude,
+            read_limit=self._read_limit,
         )
         agent.run()
         self._saved = agent.saved or self._saved
         assert agent.verdict is not None
         return agent.verdict
 
-    def _conclude(self, verdict: Verdict, alive: Collection[int]) -> Attempt | None:
+    def _conclude(self, verdict: Verdict, alive: Collection[int]) -> Verdict:
         """On the first node: whether a spare one takes the place of what was lost."""
         places = attempts.with_spares(self._attempt.places, alive) if verdict.lost else None
         if places is None:
-            self._record(verdict)
-            return None
+            return self._record(verdict)
         new = [self._seat.name_of(node) for node in places if node not in self._attempt.places]
         self._console.say(str(verdict.cause))
         self._console.say(f"going on without {', '.join(verdict.lost)}, with {', '.join(new)}")
-        return attempts.claim(self._plan, self._plan_path, again=True, places=places)
+        following = attempts.claim(self._plan, self._plan_path, again=True, places=places)
+        return dataclasses.replace(verdict, successor=dataclasses.asdict(following))
 
     def _finish(self, verdict: Verdict) -> None:
-        has_lost_head = self.lifeline.has_lost_head
-        if has_lost_head:
-            self._record(verdict)
-        if self._seat.node_rank == 0 or has_lost_head:
+        if self._seat.node_rank == 0 or self.lifeline.has_lost_head:
             plan, _ = self._attempt.plan_of(self._plan, self._plan_path)
             _tell(verdict, self._console)
             self._console.end(ending.summary(plan, exit_code=verdict.code, saved=self._saved))

@@ -33,12 +33,18 @@ _SHORTEST_KNOCK_S, _LONGEST_KNOCK_S = 0.5, 3.0
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _AFTER_DEADLINE_S = 30.0
 """The first node's clock decides; the others give it this long to say what it decided."""
+_COME_BACK_S = 60.0
+"""How long a node looks again for a first node that it has met and lost."""
 
 Decide: TypeAlias = Callable[["Sequence[Member]"], Mapping[str, Any]]
 
 
 class RefusedError(LaunchError):
     """The first node let no one in. It says why itself, so that the others need not."""
+
+
+class _LostHeadError(LaunchError):
+    """The connection to the first node broke before all had come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +138,15 @@ def join(
     if seat.node_rank == 0:
         from bigtrain.cluster.rendezvous_head import Head
 
+        if seat.port is not None:  # ranks were typed by hand
+            _Guest(seat).refuse_twin()
         with Head(seat, say=say) as head:
             return head.gather(facts(), decide)
     return _Guest(seat).join(facts)
 
 
 class _Guest:
-    """Any node but the first."""
+    """Any node but the first; or one that may not be the only first."""
 
     def __init__(self, seat: Seat) -> None:
         self._seat = seat
@@ -146,8 +154,34 @@ class _Guest:
         self._deadline = self._started + seat.deadline_s
         self._silent: set[tuple[str, int]] = set()
         """Places where something answers that is not ours: tried last."""
+        self._instance = secrets.token_hex(8)
+        """Tells this process that comes again from another one of the same rank."""
 
     def join(self, facts: Callable[[], Mapping[str, Any]]) -> Joined:
+        lost: _LostHeadError | None = None
+        while True:
+            try:
+                return self._join_once(facts)
+            except _LostHeadError as error:
+                lost = error
+                self._deadline = min(self._deadline, time.monotonic() + _COME_BACK_S)
+            except LaunchError as error:
+                if lost is None or isinstance(error, RefusedError):
+                    raise
+                raise LaunchError(f"{lost}, and did not find it again") from error
+
+    def refuse_twin(self) -> None:
+        """LaunchError, here and there, if another first node of this run listens already."""
+        addresses = rendezvous_address.resolve(self._seat.head_names)
+        for port in self._seat.ports:
+            found = self._try_port(addresses, port, _SHORTEST_KNOCK_S)
+            if found is not None:
+                connection, reader, _ = found
+                with connection:
+                    answer = self._introduce(connection, reader, self._introduction({}, {}))
+                raise LaunchError(str(answer.get("refused")))
+
+    def _join_once(self, facts: Callable[[], Mapping[str, Any]]) -> Joined:
         connection, reader, addresses = self._dial()
         with contextlib.ExitStack() as unless_joined:
             unless_joined.callback(connection.close)
@@ -174,6 +208,7 @@ class _Guest:
     ) -> Mapping[str, Any]:
         return {
             "node_rank": self._seat.node_rank,
+            "instance": self._instance,
             "num_nodes": self._seat.num_nodes,
             "host": self._seat.host,
             "facts": facts,
@@ -249,8 +284,8 @@ class _Guest:
             "started, and does a firewall stand between?"
         )
 
-    def _lost_head(self, error: Exception) -> LaunchError:
-        return LaunchError(
+    def _lost_head(self, error: Exception) -> _LostHeadError:
+        return _LostHeadError(
             f"{self._seat.host} (node {self._seat.node_rank}) lost the first node "
             f"({self._seat.name_of(0)}) while the nodes were meeting: {error}"
         )

@@ -39,6 +39,8 @@ class _Visitor:
     reader: LineReader = field(default_factory=LineReader)
     proven: bool = False
     member: Member | None = None
+    instance: str = ""
+    """The process that dialled."""
 
 
 class Head:
@@ -198,6 +200,7 @@ class Head:
 
     def _admit(self, visitor: _Visitor, node: Mapping[str, Any]) -> None:
         rank, host = int(node["node_rank"]), str(node["host"])
+        visitor.instance = str(node["instance"])
         visitor.member = Member(
             node_rank=rank,
             host=host,
@@ -212,12 +215,15 @@ class Head:
             )
             return
         before = self._members.get(rank)
+        if before is not None and before.instance == visitor.instance:
+            self._drop(before)  # its connection broke, which was noticed there first
+            before = None
         if before is not None or rank == 0:
             first = self._member(rank).host if before else self._seat.host
             self._refusal = (
-                f"{first} and {host} ({visitor.place}) both say that they are node {rank}; node "
-                "ranks must be read on each node itself (in a Slurm job: inside the task, not in "
-                "the batch script)"
+                f"{first} and {host} ({visitor.place}) both say that they are node {rank}; each "
+                "node has a rank of its own (--node-rank; in a Slurm job it is read inside the "
+                "task, not in the batch script)"
             )
             return
         self._members[rank] = visitor

@@ -93,6 +93,7 @@ class Supervisor:
         self._stopped_by: int | None = None
         self._stopped_at = 0.0
         self._kill_at: float | None = None
+        self._kill_why = ""
         self._failed = False
         self._selector = selectors.DefaultSelector()
 
@@ -126,7 +127,7 @@ class Supervisor:
             self._end_the_others(rank)
         now = time.monotonic()
         if self._kill_at is not None and now >= self._kill_at and self._alive():
-            self._kill("still there after the grace period")
+            self._kill(self._kill_why)
         for rank in self._alive():
             if rank.announced_at is not None and now >= rank.announced_at + LINGER_S:
                 rank.ended_by_us = True
@@ -159,12 +160,13 @@ class Supervisor:
         if self._failed or left is None or not left.is_bad:
             return
         if self._is_stop(left):
-            self._kill_within(self._stop_grace_s)  # they are leaving too, and may still be saving
+            # They are leaving too, and may still be saving.
+            self._kill_within(self._stop_grace_s, self._why_stopped(self._stop_grace_s))
             return
         self._failed = True
         linux.kill_group(rank.pid)  # its data workers
         self._signal_all(signal.SIGTERM, ended_by_us=True)
-        self._kill_within(FAILURE_GRACE_S)
+        self._kill_within(FAILURE_GRACE_S, "still there after the grace period")
 
     def _is_stop(self, left: RankExit) -> bool:
         """Whether a rank left because it was told to, and not by a fault of its own."""
@@ -197,7 +199,8 @@ class Supervisor:
             self._stopped_by, self._stopped_at = number, time.time()
             self._signal_all(number)
             if number in _STOPPING:
-                self._kill_within(self._patience_after(number))
+                patience = self._patience_after(number)
+                self._kill_within(patience, self._why_stopped(patience))
             self._is_terminated = self._is_terminated or number == signal.SIGTERM
 
     def _patience_after(self, number: int) -> float:
@@ -219,9 +222,14 @@ class Supervisor:
             linux.kill_group(rank.pid)
         self._kill_at = None
 
-    def _kill_within(self, seconds: float) -> None:
+    def _kill_within(self, seconds: float, why: str) -> None:
         limit = time.monotonic() + seconds
-        self._kill_at = limit if self._kill_at is None else min(limit, self._kill_at)
+        if self._kill_at is None or limit < self._kill_at:
+            self._kill_at, self._kill_why = limit, why
+
+    def _why_stopped(self, seconds: float) -> str:
+        hint = " (cluster.stop_grace_s)" if seconds == self._stop_grace_s else ""
+        return f"still there {seconds:.0f} s after the signal to stop{hint}"
 
     def _read_events(self, rank: LiveRank) -> None:
         while True:

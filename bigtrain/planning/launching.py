@@ -47,6 +47,7 @@ def launching(
         "slurm": cluster.slurm,
         "interface": cluster.interface,
         "join_timeout_s": cluster.join_timeout_s,
+        "stop_grace_s": cluster.stop_grace_s,
     }
 
 

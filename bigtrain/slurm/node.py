@@ -15,7 +15,8 @@ from bigtrain.cluster.rendezvous import RefusedError
 from bigtrain.console import Console, open_console
 from bigtrain.errors import BigtrainError, LaunchError
 from bigtrain.plan import RunPlan, read_plan
-from bigtrain.slurm import identity, provenance
+from bigtrain.slurm import identity, provenance, time_limit
+from bigtrain.slurm.progress import Progress
 from bigtrain.slurm.record import SubmissionRecord, record_path
 
 VERDICT_VARIABLE = "BIGTRAIN_VERDICT"
@@ -50,9 +51,13 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
     if seat.node_rank == 0:
         _greet(plan, restarts, console)
 
-    def record(verdict: Verdict) -> None:
+    progress = Progress(plan, job_id=environment.get("SLURM_JOB_ID", ""), restarts=restarts)
+
+    def record(verdict: Verdict) -> Verdict:
+        verdict = progress.judge(verdict)
         if environment.get(VERDICT_VARIABLE):
             _record(verdict, Path(environment[VERDICT_VARIABLE]), is_first=seat.node_rank == 0)
+        return verdict
 
     return nodes.launch(
         plan,
@@ -62,6 +67,7 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
         inherited=environment,
         again=restarts > 0,
         record=record,
+        read_limit=None if "signal" in plan.slurm else lambda: time_limit.of_job(environment),
     )
 
 

@@ -48,7 +48,7 @@ _OURS: Mapping[str, str] = {
     ),
     "gpus": "it counts over all nodes; use gpus-per-node",
     "gpus-per-task": "a task is a node here; use gpus-per-node",
-    "array": "a sweep is submitted as several run files",
+    "array": "it follows from --sweep",
     "chdir": "a run keeps the directory it was submitted from",
     "export": "the job needs the variables of the shell it is submitted from",
     "open-mode": "a requeued run goes on in the same log",
@@ -79,8 +79,9 @@ _FORMS: Mapping[str, tuple[re.Pattern[str], str]] = {
     "time": _TIME,
     "time-min": _TIME,
     "signal": (
-        re.compile(r"(R:)?(\d+|[A-Za-z]\w*)(@\d+)?"),
-        "SIG@SECONDS, as in USR2@600 (with B: in front, only the batch script would hear of it)",
+        re.compile(r"(R:)?((SIG)?(USR1|USR2|TERM)|10|12|15)(@(\d{1,4}|[1-5]\d{4}))?", re.I),
+        "SIG@SECONDS, as in USR2@600: USR1 and USR2 save and start the run again, TERM saves and "
+        "ends it (with B: in front, only the batch script would hear of it)",
     ),
 }
 
@@ -107,20 +108,23 @@ def _read_table() -> tuple[dict[str, SbatchOption], dict[str, str]]:
 OPTIONS, _LONG_NAMES = _read_table()
 
 
-def read_options(said: Mapping[str, Any], *, origins: Mapping[str, str]) -> dict[str, str | None]:
-    """Long name → value, or None for an option that takes none, in the order they were said.
+Options: TypeAlias = dict[str, str | Literal[False] | None]
+"""Long name → value; None for an option that is said without one, False for one that is not to be
+there, whoever would set it."""
 
-    An option that is set to false is left out. `origins` says where each key of `said` is from.
+
+def read_options(said: Mapping[str, Any], *, origins: Mapping[str, str]) -> Options:
+    """The options in the order they were said; `origins` says where each key of `said` is from.
+
     Raises ConfigError with every fault.
     """
     faults: list[str] = []
-    options: dict[str, str | None] = {}
+    options: Options = {}
     for key, value in said.items():
         try:
             name = _long_name(key)
             options.pop(name, None)  # in another spelling
-            if value is not False:
-                options[name] = _read_value(name, value)
+            options[name] = _read_value(name, value)
         except ValueError as fault:
             faults.append(f"{place_of(key, origins)}: {fault}")
     if faults:
@@ -158,8 +162,12 @@ def _long_name(key: str) -> str:
     return name
 
 
-def _read_value(name: str, value: Any) -> str | None:
+def _read_value(name: str, value: Any) -> str | Literal[False] | None:
     takes: Takes = OPTIONS[name].takes if name in OPTIONS else "maybe"
+    if takes != "value" and isinstance(value, str):  # as it is typed behind --sbatch
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    if value is False:
+        return False
     if value is True:
         if takes == "value":
             raise ValueError("it needs a value")

@@ -13,20 +13,52 @@ _GPUS = re.compile(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class NodeShape:
-    """The least that any node of the partition has."""
+    """What a kind of nodes has."""
 
     cpus: int
     gpus: int
 
-    def share(self, procs: int) -> int:
-        """CPUs for `procs` ranks, one GPU each: all of a node's for all of its GPUs."""
-        if self.gpus == 0:
-            return self.cpus
-        return max(1, self.cpus * min(procs, self.gpus) // self.gpus)
+    def share(self, gpus: int) -> int:
+        """The CPUs that belong to as many of its GPUs."""
+        share = self.cpus * min(gpus, self.gpus) // self.gpus if self.gpus else self.cpus
+        return max(1, share)
 
 
-def survey(partition: str | None) -> NodeShape | None:
-    """The shape of the nodes of `partition`, or of the default one; None if Slurm won't say."""
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """The kinds of nodes that a job may be given: at least one."""
+
+    shapes: tuple[NodeShape, ...]
+
+    @property
+    def has_gpus(self) -> bool:
+        """Whether any of its nodes has; a job that asks for GPUs is given these."""
+        return any(shape.gpus for shape in self.shapes)
+
+    def cpus(self, gpus: int) -> int:
+        """The CPUs that belong to `gpus` GPUs of a node, on any node that has as many: all of a
+        node's for all of its GPUs. For no GPUs, those that any node has."""
+        if gpus == 0:
+            return min(shape.cpus for shape in self.shapes)
+        fitting = [shape for shape in self.shapes if shape.gpus >= gpus]
+        fitting = fitting or [shape for shape in self.shapes if shape.gpus] or list(self.shapes)
+        return min(shape.share(gpus) for shape in fitting)
+
+
+class Survey:
+    """What Slurm says of its partitions; each is asked for once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str | None, Partition | None] = {}
+
+    def partition(self, name: str | None) -> Partition | None:
+        """The partition `name`, or the default one; None if Slurm won't say."""
+        if name not in self._known:
+            self._known[name] = _ask(name)
+        return self._known[name]
+
+
+def _ask(partition: str | None) -> Partition | None:
     command = ["sinfo", "--noheader", "--exact", "--format=%R|%c|%G"]
     if partition is not None:
         command.append(f"--partition={partition}")
@@ -38,16 +70,14 @@ def survey(partition: str | None) -> NodeShape | None:
         return None
 
 
-def read_shapes(text: str, *, default_only: bool) -> NodeShape | None:
-    """The least of every line `partition|cpus|gres`; a default partition's name ends in `*`."""
-    shapes = []
+def read_shapes(text: str, *, default_only: bool) -> Partition | None:
+    """Of every line `partition|cpus|gres`; a default partition's name ends in `*`."""
+    shapes: dict[NodeShape, None] = {}
     for line in text.splitlines():
         name, _, rest = line.partition("|")
         cpus, _, gres = rest.partition("|")
         if (default_only and not name.endswith("*")) or not cpus.rstrip("+").isdigit():
             continue
-        found = _GPUS.findall(gres)
-        shapes.append((int(cpus.rstrip("+")), sum(int(count) for count in found)))
-    if not shapes:
-        return None
-    return NodeShape(cpus=min(c for c, _ in shapes), gpus=min(g for _, g in shapes))
+        gpus = sum(int(count) for count in _GPUS.findall(gres))
+        shapes[NodeShape(cpus=int(cpus.rstrip("+")), gpus=gpus)] = None
+    return Partition(shapes=tuple(shapes)) if shapes else None

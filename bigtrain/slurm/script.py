@@ -20,7 +20,8 @@ from bigtrain.cluster.fork_server import interpreter_command
 from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan
 from bigtrain.slurm.options import is_container_option
-from bigtrain.slurm.settings import SlurmSettings, signal_lead_s
+from bigtrain.slurm.settings import SlurmSettings
+from bigtrain.slurm.time_limit import signal_lead_s
 
 NODE_MODULE = "bigtrain.slurm.node"
 _PLACEHOLDERS = ("# @options", "# @setup", "# @run")
@@ -109,13 +110,15 @@ def sbatch_options(request: JobRequest) -> dict[str, str | None]:
         "output": _literal(request.log),
         "open-mode": "append",
         "requeue": None,
-        "signal": f"USR2@{signal_lead_s(request.last_save_s)}",
+        "signal": f"USR2@{signal_lead_s(request.last_save_s, settings.options.get('time'))}",
         "export": "ALL",
     }
     said = {k: v for k, v in settings.options.items() if not is_container_option(k)}
     if "no-requeue" in said:
         del options["requeue"]
-    return options | said
+    if "requeue" in settings.left_out:  # which may be the cluster's own default
+        options["no-requeue"] = None
+    return {k: v for k, v in (options | said).items() if k not in settings.left_out}
 
 
 def sbatch_flags(request: JobRequest) -> list[str]:
@@ -191,7 +194,7 @@ def _setup_lines(settings: SlurmSettings) -> list[str]:
 
 def _run_lines(request: JobRequest) -> list[str]:
     return [
-        f"max_requeues={request.settings.max_requeues}",
+        f"max_requeues={request.settings.new_starts}",
         f"record_dir={shlex.quote(str(Path(request.plan.output_dir) / 'slurm'))}",
         *_array("srun_options", [_option(k, v) for k, v in srun_options(request).items()]),
         "# Python, with bigtrain's folder first on its module path instead of this directory.",

@@ -11,7 +11,6 @@ from bigtrain.errors import ConfigError
 from bigtrain.secrecy import SECRET_ADVICE, holds_token, looks_secret
 from bigtrain.slurm.options import place_of, read_options
 
-_SHORTEST_LEAD_S = 120
 # `NAME=value` in bash; a value that begins so is not written there but found when the job runs.
 _ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_]\w*)=[\"']?([^\s\"']+)")
 _COMPUTED = ("$", "`", "<")
@@ -24,6 +23,8 @@ class SlurmSettings:
 
     options: Mapping[str, str | None] = field(default_factory=dict)
     """By long name; None for an option without a value."""
+    left_out: frozenset[str] = frozenset()
+    """Options that are set to false: those of ours among them are not there either."""
     modules: tuple[str, ...] = ()
     """Environment modules to load, in order."""
     setup: str = ""
@@ -45,6 +46,12 @@ class SlurmSettings:
         text = self.options.get("gpus-per-node") or _gpus_of_gres(self.options.get("gres"))
         match = _GPU_COUNT.fullmatch(text) if text else None
         return int(match[1]) if match else None
+
+    @property
+    def new_starts(self) -> int:
+        """How often the job may put itself back into the queue."""
+        is_refused = "no-requeue" in self.options or "requeue" in self.left_out
+        return 0 if is_refused else self.max_requeues
 
     @property
     def in_container(self) -> bool:
@@ -73,14 +80,13 @@ def read_settings(
         options = read_options(others, origins=origins)
     except ConfigError as error:
         raise ConfigError([*faults, *error.faults]) from None
+    left_out = frozenset(name for name, value in options.items() if value is False)
+    if "no-kill" in left_out and ours.get("spare_nodes"):
+        faults.append(f"{place_of('no_kill', origins)}: spare_nodes need it; leave out one of both")
     if faults:
         raise ConfigError(faults)
-    return SlurmSettings(options=options, **ours)
-
-
-def signal_lead_s(last_save_s: float | None) -> int:
-    """How long before the time limit a job is told to save: time for two saves, at least 120 s."""
-    return max(_SHORTEST_LEAD_S, round(2 * (last_save_s or 0.0)))
+    said = {name: value for name, value in options.items() if value is not False}
+    return SlurmSettings(options=said, left_out=left_out, **ours)
 
 
 def _gpus_of_gres(gres: str | None) -> str | None:

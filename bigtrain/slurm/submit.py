@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.cluster.rank import package_root
+from bigtrain.cluster.time_limit import last_save_s
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError
 from bigtrain.plan import RunPlan, write_plan
 from bigtrain.planning.output_dir import plan_path
@@ -19,7 +20,7 @@ from bigtrain.sections import ClusterSection
 from bigtrain.share import bundled_file
 from bigtrain.slurm import client
 from bigtrain.slurm.client import NoAnswerError
-from bigtrain.slurm.partition import survey
+from bigtrain.slurm.partition import Survey
 from bigtrain.slurm.provenance import CodeState, hash_file, read_code_state, read_diff
 from bigtrain.slurm.record import SubmissionRecord, record_path, remember
 from bigtrain.slurm.script import JobRequest, render, sbatch_flags, sbatch_options
@@ -43,9 +44,11 @@ class Submission:
     """What else the user should know."""
 
 
-def describe(plans: RunPlan | Sequence[RunPlan], *, settings: SlurmSettings) -> str:
+def describe(
+    plans: RunPlan | Sequence[RunPlan], *, settings: SlurmSettings, survey: Survey | None = None
+) -> str:
     """The batch script that `submit` would hand over, and nothing else happens."""
-    return _rendered(_request(_several(plans), settings))
+    return _rendered(_request(_several(plans), settings, survey or Survey()))
 
 
 def submit(
@@ -53,10 +56,12 @@ def submit(
     *,
     settings: SlurmSettings,
     environment: Mapping[str, str],
+    survey: Survey | None = None,
 ) -> Submission:
     """Write the plans, the script and its record, and queue the job; several plans as an array.
 
     The plans of a sweep differ in what they train and where they write, not in their shape.
+    `survey`: what is known of the partitions already.
     `environment` is the caller's own: the job inherits it, and secrets with it, through Slurm.
     """
     plans = _several(plans)
@@ -66,7 +71,7 @@ def submit(
     snapshot = Snapshot.of(plans[0], code) if settings.snapshot else None
     if snapshot is not None:
         plans = tuple(snapshot.moved(plan) for plan in plans)
-    request = _request(plans, settings, package_root=_moved_package(snapshot))
+    request = _request(plans, settings, survey or Survey(), package_root=_moved_package(snapshot))
     text = _rendered(request)
     claimed: list[RunPlan] = []
     try:
@@ -169,16 +174,17 @@ def _withdraw(plans: Sequence[RunPlan], snapshot: Snapshot | None) -> None:
             folder.rmdir()
 
 
-def gpus_of_nodes(cluster: ClusterSection) -> int:
+def gpus_of_nodes(cluster: ClusterSection, *, survey: Survey) -> int:
     """GPUs that each node of the job will have: as asked for, or one for every process.
 
-    None of them if the partition's nodes have none. This machine's own are not looked at.
+    None of them if none of the partition's nodes has any; where only some have, the job is given
+    those. This machine's own are not looked at.
     """
     settings = read_settings(cluster.slurm)
     if settings.gpus_per_node is not None:
         return settings.gpus_per_node
-    shape = survey(settings.options.get("partition"))
-    return 0 if shape is not None and shape.gpus == 0 else cluster.procs_per_node or 0
+    partition = survey.partition(settings.options.get("partition"))
+    return 0 if partition is not None and not partition.has_gpus else cluster.procs_per_node or 0
 
 
 def _several(plans: RunPlan | Sequence[RunPlan]) -> tuple[RunPlan, ...]:
@@ -190,7 +196,11 @@ def _several(plans: RunPlan | Sequence[RunPlan]) -> tuple[RunPlan, ...]:
 
 
 def _request(
-    plans: tuple[RunPlan, ...], settings: SlurmSettings, *, package_root: str | None = None
+    plans: tuple[RunPlan, ...],
+    settings: SlurmSettings,
+    survey: Survey,
+    *,
+    package_root: str | None = None,
 ) -> JobRequest:
     topology = plans[0].topology
     if plans[0].max_restarts:
@@ -207,29 +217,20 @@ def _request(
         plans=plans,
         plan_paths=tuple(plan_path(plan) for plan in plans),
         settings=settings,
-        cpus_per_task=_share_of_cpus(settings, topology.procs_per_node, device=plans[0].device),
+        cpus_per_task=_share_of_cpus(
+            settings, topology.procs_per_node if plans[0].device == "cuda" else 0, survey
+        ),
         package_root=package_root,
         last_save_s=last_save_s(Path(plans[0].output_dir)),
     )
 
 
-def last_save_s(output_dir: Path) -> float | None:
-    """How long the newest checkpoint took to write: from its first whole file to its manifest."""
-    manifests = [(p.stat().st_mtime, p) for p in output_dir.glob("checkpoint-*/manifest.json")]
-    if not manifests:
-        return None
-    committed, manifest = max(manifests)
-    files = (path for path in manifest.parent.rglob("*") if path.is_file())
-    return max(0.0, committed - min(path.stat().st_mtime for path in files))
-
-
-def _share_of_cpus(settings: SlurmSettings, procs: int, *, device: str) -> int | None:
+def _share_of_cpus(settings: SlurmSettings, gpus: int, survey: Survey) -> int | None:
+    """CPUs of a node for a task with `gpus` GPUs."""
     if "cpus-per-task" in settings.options or "cpus-per-gpu" in settings.options:
         return None
-    shape = survey(settings.options.get("partition"))
-    if shape is None:
-        return None
-    return shape.share(procs) if device == "cuda" else shape.cpus
+    partition = survey.partition(settings.options.get("partition"))
+    return None if partition is None else partition.cpus(gpus)
 
 
 def _rendered(request: JobRequest) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import socket
 import threading
@@ -33,17 +34,18 @@ class Node:
         self.begin()
 
     def begin(self) -> None:
-        self.told_to_end = threading.Event()
-        self.lifeline.begin(on_end=self.told_to_end.set)
+        self.told_to_end, self.notified = threading.Event(), threading.Event()
+        self.lifeline.begin(on_end=self.told_to_end.set, on_notice=self.notified.set)
 
     def leave(self, code: int = 0, failure: str | None = None, time: float = 0.0) -> Verdict:
         ending = Ending(code=code, failure=failure, time=time)
         return self.lifeline.leave(ending, conclude=self.conclude)
 
-    def conclude(self, verdict: Verdict, alive: Collection[int]) -> Attempt | None:
+    def conclude(self, verdict: Verdict, alive: Collection[int]) -> Verdict:
         self.concluded.append((verdict, set(alive)))
         following, self.following = self.following, None
-        return following
+        successor = None if following is None else dataclasses.asdict(following)
+        return dataclasses.replace(verdict, successor=successor)
 
     def die(self) -> None:
         for connection in self.connections.values():
@@ -172,6 +174,16 @@ def test_what_is_said_right_behind_the_welcome_is_heard() -> None:
     assert told.wait(5)
     lifeline.close()
     theirs.close()
+
+
+def test_the_first_nodes_notice_reaches_all_and_ends_none(
+    nodes: list[Node], pool: ThreadPoolExecutor
+) -> None:
+    nodes[0].lifeline.give_notice()
+    assert all(node.notified.wait(5) for node in nodes)
+    assert not any(node.told_to_end.is_set() for node in nodes)
+    verdicts = settle(*(pool.submit(node.leave, 85) for node in nodes))
+    assert verdicts == [Verdict(code=EXIT_AGAIN, cause=None)] * 3
 
 
 def _next(*places: int) -> Attempt:

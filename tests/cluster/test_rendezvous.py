@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import secrets
 import socket
 import threading
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from bigtrain.cluster import rendezvous_head
+from bigtrain.cluster import rendezvous, rendezvous_head
 from bigtrain.cluster.rendezvous import Joined, Member, RefusedError, Seat, join
 from bigtrain.cluster.rendezvous_address import (
     candidate_ports,
@@ -192,11 +193,105 @@ def test_two_nodes_with_the_same_rank_are_refused_by_name() -> None:
         assert "rack1" in message and "rack9" in message
 
 
-def test_a_second_first_node_is_refused() -> None:
+def test_nodes_of_runs_of_different_sizes_are_refused() -> None:
     places = seats(2)
     twin = seats(3, job=places[0].job, token=places[0].token)[2]
     for message in errors(meet([places[0], twin])):
         assert message == "rack2 takes part in a run of 3 nodes, and rack0 in one of 2"
+
+
+def test_a_second_first_node_is_refused() -> None:
+    places = seats(2, port=_free_port())
+    twin = Seat(**{**vars(places[0]), "host": "rack9"})
+    (first, second) = errors(meet([places[0], twin], delays={1: 0.5}))
+    assert first.startswith("rack0 and rack9 (127.0.0.1) both say that they are node 0; each node")
+    assert second == first
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+class _Relay:
+    """Passes bytes on to a port, and breaks the first connection when a node introduces itself:
+    on both sides, or only on the node's, so that the first node does not learn of it."""
+
+    def __init__(self, port: int, *, hides_it: bool) -> None:
+        self._port, self._hides_it = port, hides_it
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.introductions = 0
+        self._kept: list[socket.socket] = []
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                guest = self._listener.accept()[0]
+                head = socket.socket()
+                while head.connect_ex(("127.0.0.1", self._port)) != 0:
+                    time.sleep(0.05)
+                for ends in ((guest, head), (head, guest)):
+                    threading.Thread(target=self._pass_on, args=ends, daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                target.sendall(data)
+                if b'"reaches"' in data:
+                    self.introductions += 1
+                    if self.introductions == 1:
+                        self._kept.append(target)
+                        time.sleep(0.3)
+                        source.shutdown(socket.SHUT_RDWR)
+                        break
+        if not (self._hides_it and target in self._kept):
+            with contextlib.suppress(OSError):
+                target.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+@pytest.mark.parametrize("hides_it", [False, True])
+def test_a_node_that_loses_its_connection_while_it_waits_comes_again(hides_it: bool) -> None:
+    port = _free_port()
+    relay = _Relay(port, hides_it=hides_it)
+    places = seats(3, port=port)
+    places[1] = Seat(**{**vars(places[1]), "port": relay.port})
+    with closed_after(meet(places, delays={2: 2.0})) as results:
+        assert results[0].decision == {"hosts": ["rack0", "rack1", "rack2"]}
+        assert relay.introductions == 2
+    relay.close()
+
+
+def test_a_first_node_that_was_met_and_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rendezvous, "_COME_BACK_S", 1.0)
+    places = seats(2)
+    stop = threading.Event()
+
+    def leave() -> dict[str, Any]:
+        stop.set()
+        time.sleep(1.0)
+        return {}
+
+    head = rendezvous_head.Head(places[0], say=lambda text: None)
+    with ThreadPoolExecutor(1) as pool:
+        with head:
+            guest = pool.submit(join, places[1], leave, decide=decide)
+            while not stop.is_set():
+                for key, _ in head._selector.select(0.1):
+                    head._serve(key.fileobj)
+        text = str(guest.exception())
+    assert re.search(r"rack1 \(node 1\) lost the first node \(rack0\) .*, and did not find", text)
+
+
+def test_nodes_meet_over_ipv6() -> None:
+    with closed_after(meet(seats(3, head_names=("::1",)))) as results:
+        assert {joined.address for joined in results} == {"::1"}
+        assert results[0].listener is not None
+        assert results[0].listener.family == socket.AF_INET6
 
 
 def test_what_the_first_node_refuses_is_raised_on_all() -> None:

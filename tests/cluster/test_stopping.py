@@ -117,6 +117,20 @@ def test_a_sigterm_after_a_notice_ends_it_for_good(
     assert launched.wait(timeout_s=15).code == 143
 
 
+def test_ranks_have_as_long_to_save_as_was_said(
+    launcher: Any, start: dict[str, Any], wait_ready: Any
+) -> None:
+    script = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    script += _SLEEPS.replace("    ", "")
+    launched = launcher.start(script, procs=2, stop_grace_s=1, **start)
+    wait_ready(2)
+    launched.process.send_signal(signal.SIGTERM)
+    done = launched.wait(timeout_s=15)
+    assert done.code == 143
+    why = "still there 1 s after the signal to stop (cluster.stop_grace_s)"
+    assert f"killing rank 0, 1: {why}\n" in done.err
+
+
 def test_ctrl_c_ends_all_ranks_with_130_and_calm_words(
     launcher: Any, gloo: dict[str, Any], wait_ready: Any
 ) -> None:

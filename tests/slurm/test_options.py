@@ -30,6 +30,10 @@ def test_options_are_said_as_people_say_them() -> None:
         "t": "24:00:00",
         "exclusive": True,
         "hold": False,
+        "requeue": "false",
+        "no_kill": "off",
+        "contiguous": "true",
+        "container_writable": False,
         "dependency": ["afterok:12", "afterany:13"],
         "nice": 100,
     }
@@ -38,6 +42,11 @@ def test_options_are_said_as_people_say_them() -> None:
         "mem-per-cpu": "4G",
         "time": "24:00:00",
         "exclusive": None,
+        "hold": False,
+        "requeue": False,
+        "no-kill": "off",
+        "contiguous": None,
+        "container-writable": False,
         "dependency": "afterok:12,afterany:13",
         "nice": "100",
     }
@@ -73,7 +82,11 @@ def test_all_faults_are_told_at_once_with_their_place_and_the_fix() -> None:
             ("90", "90:30", "24:00:00", "1-12", "1-12:30", "7-00:00:00", "UNLIMITED"),
             ("24hours", "1d", "24:00:00:00", "1-", "a day"),
         ),
-        ("signal", ("USR2@600", "12@60", "USR1", "R:USR2@60"), ("B:USR2@60", "USR2@10m")),
+        (
+            "signal",
+            ("USR2@600", "12@60", "USR1", "R:USR2@60", "TERM@60", "SIGUSR2@59999"),
+            ("B:USR2@60", "USR2@10m", "INT@60", "KILL", "9@60", "USR2@65536", "usr3"),
+        ),
     ],
 )
 def test_a_form_that_sbatch_would_misread_is_refused(

@@ -104,6 +104,46 @@ def test_the_users_options_win() -> None:
     assert "requeue" not in options
 
 
+@pytest.mark.parametrize("said", [{"requeue": False}, {"no_requeue": True}, {"requeue": "false"}])
+def test_a_job_that_is_not_to_be_requeued_does_not_requeue_itself(said: dict[str, object]) -> None:
+    job = request(plan(), **said)
+    options = sbatch_options(job)
+    assert "requeue" not in options
+    assert options["no-requeue"] is None
+    template = bundled_file("slurm/train.sbatch").read_text()
+    assert "\nmax_requeues=0\n" in render(job, template=template)
+
+
+def test_what_is_set_to_false_is_not_there_whoever_sets_it() -> None:
+    off = dict.fromkeys(("exclusive", "hold", "signal", "cpus_per_task", "no_requeue"), False)
+    options = sbatch_options(request(plan(), **off))
+    assert not options.keys() & {"exclusive", "hold", "signal", "cpus-per-task", "no-requeue"}
+    assert "requeue" in options
+    with pytest.raises(ConfigError, match="slurm.no_kill: spare_nodes need it"):
+        request(plan(), spare_nodes=1, no_kill=False)
+
+
+@pytest.mark.parametrize(
+    ("save_s", "time", "lead"),
+    [
+        (None, "24:00:00", 120),
+        (59.0, "24:00:00", 120),
+        (300.0, "1-0", 600),
+        (7200.0, "1:00:00", 1800),
+        (7200.0, "60", 1800),
+        (None, "1:30", 45),
+        (1e9, None, 65535),
+        (300.0, "UNLIMITED", 600),
+    ],
+)
+def test_the_notice_is_two_saves_ahead_and_never_more_than_half_of_the_time(
+    save_s: float | None, time: str | None, lead: int
+) -> None:
+    job = request(plan(), **({} if time is None else {"time": time}))
+    options = sbatch_options(dataclasses.replace(job, last_save_s=save_s))
+    assert options["signal"] == f"USR2@{lead}"
+
+
 def test_a_template_without_a_placeholder_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="exactly one line # @setup and one # @run"):
         render(request(plan()), template="#!/bin/bash\n# @options\n")

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bigtrain.errors import ConfigError
-from bigtrain.slurm.settings import read_settings, signal_lead_s
+from bigtrain.slurm.settings import read_settings
 
 
 @pytest.mark.parametrize(
@@ -50,8 +50,3 @@ def test_a_token_in_a_command_of_the_setup_or_an_option_is_refused_and_not_shown
         read_settings({"setup": f"huggingface-cli login --token {token}", "comment": token})
     assert len(caught.value.faults) == 2
     assert token not in str(caught.value)
-
-
-@pytest.mark.parametrize(("last_save_s", "lead"), [(None, 120), (10.0, 120), (200.0, 400)])
-def test_the_signal_leaves_time_for_two_saves(last_save_s: float | None, lead: int) -> None:
-    assert signal_lead_s(last_save_s) == lead

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+from bigtrain.slurm.partition import NodeShape, read_shapes
+
+MIXED = """\
+gpu|64|(null)
+gpu|64+|gpu:a100:8(S:0-1),nvme:1
+gpu|32|gpu:4
+"""
+
+
+def test_a_job_for_gpus_gets_the_nodes_that_have_them() -> None:
+    found = read_shapes(MIXED, default_only=False)
+    assert found is not None
+    assert found.has_gpus
+    assert found.cpus(8) == 64
+    assert found.cpus(4) == 32
+    assert found.cpus(2) == 16
+    assert found.cpus(0) == 32
+    assert found.cpus(16) == 32  # none has as many, which sbatch will say
+
+
+def test_a_partition_without_gpus_has_none() -> None:
+    found = read_shapes("debug*|8|(null)\nother|4|gpu:1\n", default_only=True)
+    assert found is not None
+    assert found.shapes == (NodeShape(cpus=8, gpus=0),)
+    assert not found.has_gpus
+
+
+def test_what_is_no_row_is_passed_over() -> None:
+    assert read_shapes("", default_only=False) is None
+    assert read_shapes("sinfo: hello\n", default_only=False) is None
+    assert read_shapes("gpu|8|gpu:2\n", default_only=True) is None
