@@ -20,9 +20,8 @@ from bigtrain.cluster.follow import LogFollower
 from bigtrain.cluster.fork_client import ForkServer, Preloaded
 from bigtrain.cluster.layout import NodeLogs
 from bigtrain.cluster.rank import RankJob
-from bigtrain.cluster.signals import SignalInbox
+from bigtrain.cluster.signals import EXIT_AGAIN, SignalInbox
 from bigtrain.cluster.supervisor import (
-    STOP_AND_RESUME,
     STOP_GRACE_S,
     LiveRank,
     Outcome,
@@ -93,7 +92,7 @@ class Agent:
             if stopped_by is not None:
                 name = failure.signal_name(stopped_by)
                 self._say(f"stopped by {name} before the ranks were started")
-                return STOP_AND_RESUME if stopped_by in _NOTICES else 128 + stopped_by
+                return EXIT_AGAIN if stopped_by in _NOTICES else 128 + stopped_by
             outcome = self._run_round(server, inbox, restarts=restarts)
             self._tell(outcome)
             is_asked_for = outcome.failure is None or outcome.stopped_by is not None

@@ -31,9 +31,8 @@ from bigtrain.cluster import rendezvous_wire
 from bigtrain.cluster.attempts import Attempt
 from bigtrain.cluster.rendezvous import Joined, Seat
 from bigtrain.cluster.rendezvous_wire import LineReader
+from bigtrain.cluster.signals import EXIT_AGAIN
 
-EXIT_AGAIN = 85
-"""Run me again: what was saved last is to be gone on from."""
 _LEAVE_WITHIN_S = 45.0
 """From the moment that nodes are told to end: longer than the ranks' usual grace."""
 _BEYOND_GRACE_S = 15.0

@@ -21,10 +21,11 @@ from typing import Any
 from bigtrain.cluster import agreement, attempts, ending, rendezvous, threads
 from bigtrain.cluster.agreement import StorageToken
 from bigtrain.cluster.attempts import Attempt
-from bigtrain.cluster.lifeline import EXIT_AGAIN, Lifeline, Verdict
+from bigtrain.cluster.lifeline import Lifeline, Verdict
 from bigtrain.cluster.node_agent import NodeAgent
 from bigtrain.cluster.rendezvous import Joined, Member, Seat
 from bigtrain.cluster.rendezvous_address import interface_of
+from bigtrain.cluster.signals import EXIT_AGAIN
 from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.console import Console, Event
 from bigtrain.errors import ConfigError

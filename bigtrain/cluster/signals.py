@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
 
+EXIT_AGAIN = 85
+"""Left after SIGUSR1 or SIGUSR2, or the loss of a node: run me again, from what was saved last."""
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """Passed on to every rank. One that this process was started to ignore (nohup) stays ignored."""
 

@@ -21,7 +21,7 @@ from typing import Any
 from bigtrain.cluster import failure, linux
 from bigtrain.cluster.failure import RankExit
 from bigtrain.cluster.follow import LogFollower
-from bigtrain.cluster.signals import SignalInbox
+from bigtrain.cluster.signals import EXIT_AGAIN, SignalInbox
 
 STOP_GRACE_S = 30.0
 """From a signal to stop until SIGKILL: a checkpoint may be on its way to the disk."""
@@ -32,8 +32,6 @@ LINGER_S = 10.0
 
 _POLL_S = 0.1
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOP_AND_RESUME = 85
-"""Exit code of a trainer that saved and left on SIGUSR1 or SIGUSR2."""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +175,7 @@ class Supervisor:
             # after that is no failure. A trainer that can't save when it is told to stop is one.
             after = left.report.time >= self._stopped_at
             return after and (self._stopped_by == signal.SIGINT or self._died_of_stop())
-        return left.ended_by_us or left.status in self._stop_statuses() | {STOP_AND_RESUME}
+        return left.ended_by_us or left.status in self._stop_statuses() | {EXIT_AGAIN}
 
     def _died_of_stop(self) -> bool:
         deadly = {status for status in self._stop_statuses() if status < 0}
@@ -275,7 +273,7 @@ class Supervisor:
             return 128 + signal.SIGINT
         if self._stopped_by and (self._died_of_stop() or any(e.ended_by_us for e in exits)):
             is_notice = self._stopped_by in (signal.SIGUSR1, signal.SIGUSR2)
-            return STOP_AND_RESUME if is_notice else 128 + self._stopped_by
+            return EXIT_AGAIN if is_notice else 128 + self._stopped_by
         if codes and self._is_terminated:
             return 128 + signal.SIGTERM  # also of ranks that were leaving to be run again
         return codes[0] if codes else 0

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 
 from bigtrain.cluster.rendezvous import DEFAULT_DEADLINE_S, Seat
+from bigtrain.cluster.rendezvous_address import resolve
 from bigtrain.errors import LaunchError
 from bigtrain.slurm import client, nodelist
 from bigtrain.topology import is_slurm_step as is_step
@@ -95,13 +96,14 @@ def _names_of_head(environment: Mapping[str, str], hosts: tuple[str, ...]) -> tu
     """Where the first node may be found, best first. What leads nowhere does no harm.
 
     Its name, the address from which srun reached this task (its own, from a batch script), all
-    the addresses that the batch script saw there, and what Slurm's configuration says.
+    the addresses that the batch script saw there, and, for a name that is not known, what Slurm's
+    configuration says.
     """
     names = [*hosts[:1]]
     if environment.get("SLURM_LAUNCH_NODE_IPADDR"):
         names.append(environment["SLURM_LAUNCH_NODE_IPADDR"])
     names += environment.get(ADDRESSES_VARIABLE, "").split()
-    if len(names) < 3 and hosts:
+    if len(names) < 3 and hosts and not resolve(hosts[:1]):  # all nodes would ask the controller
         names += _configured_address(hosts[0])
     return tuple(dict.fromkeys(names))
 

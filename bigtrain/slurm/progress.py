@@ -15,7 +15,8 @@ import dataclasses
 import re
 from pathlib import Path
 
-from bigtrain.cluster.lifeline import EXIT_AGAIN, Verdict
+from bigtrain.cluster.lifeline import Verdict
+from bigtrain.cluster.signals import EXIT_AGAIN
 from bigtrain.plan import RunPlan
 
 EXIT_WITHOUT_PROGRESS = 1

@@ -25,6 +25,9 @@ from bigtrain.slurm.time_limit import signal_lead_s
 
 NODE_MODULE = "bigtrain.slurm.node"
 _PLACEHOLDERS = ("# @options", "# @setup", "# @run")
+_ABOUT_COMMAND = (
+    "# Python, with bigtrain's folder first on its module path instead of this directory."
+)
 # Options of ours that hold what the user said elsewhere.
 _SAID_BY = {"job-name": "name", "output": "output_dir"}
 
@@ -151,7 +154,7 @@ def node_command(request: JobRequest) -> list[str]:
     """What the task on every node runs. Of several plans it takes the one of its array index."""
     paths = [str(path) for path in request.plan_paths]
     settings = request.settings
-    if settings.in_container:
+    if settings.finds_bigtrain:
         return [settings.python or "python3", "-m", NODE_MODULE, *paths]
     _, flag, code, root, *rest = interpreter_command(NODE_MODULE, *paths)
     interpreter = settings.python or sys.executable
@@ -197,7 +200,7 @@ def _run_lines(request: JobRequest) -> list[str]:
         f"max_requeues={request.settings.new_starts}",
         f"record_dir={shlex.quote(str(Path(request.plan.output_dir) / 'slurm'))}",
         *_array("srun_options", [_option(k, v) for k, v in srun_options(request).items()]),
-        "# Python, with bigtrain's folder first on its module path instead of this directory.",
+        *([] if request.settings.finds_bigtrain else [_ABOUT_COMMAND]),
         *_array("node_command", node_command(request)),
     ]
 

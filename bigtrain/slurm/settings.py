@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import ConfigError
@@ -30,7 +31,8 @@ class SlurmSettings:
     setup: str = ""
     """Bash that runs on the first node before the tasks start, which inherit its variables."""
     python: str | None = None
-    """Interpreter on the nodes; None: this one, by its absolute path (`python3` in a container)."""
+    """Interpreter on the nodes; None: this one, by its absolute path (`python3` in a container).
+    One that is named without its place is looked for there, and brings bigtrain with it."""
     template: str | None = None
     """A batch script with the placeholders of `slurm/train.sbatch`; None: that one."""
     snapshot: bool = False
@@ -54,8 +56,11 @@ class SlurmSettings:
         return 0 if is_refused else self.max_requeues
 
     @property
-    def in_container(self) -> bool:
-        return any(name.startswith("container") for name in self.options)
+    def finds_bigtrain(self) -> bool:
+        """Whether the nodes' Python has a bigtrain of its own: in a container, or where it is named
+        without its place."""
+        by_name = self.python is not None and not Path(self.python).is_absolute()
+        return by_name or any(name.startswith("container") for name in self.options)
 
 
 def read_settings(

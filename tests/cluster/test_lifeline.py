@@ -12,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
+from bigtrain.cluster import lifeline, supervisor
 from bigtrain.cluster.attempts import Attempt, with_spares
-from bigtrain.cluster.lifeline import EXIT_AGAIN, Ending, Lifeline, Verdict, judge
+from bigtrain.cluster.lifeline import Ending, Lifeline, Verdict, judge
 from bigtrain.cluster.rendezvous import Joined, Seat, join
 from bigtrain.cluster.rendezvous_wire import LineReader, receive
+from bigtrain.cluster.signals import EXIT_AGAIN
 
 VANISHED = "node2 vanished: the machine, its network or its agent is gone"
 
@@ -184,6 +186,11 @@ def test_the_first_nodes_notice_reaches_all_and_ends_none(
     assert not any(node.told_to_end.is_set() for node in nodes)
     verdicts = settle(*(pool.submit(node.leave, 85) for node in nodes))
     assert verdicts == [Verdict(code=EXIT_AGAIN, cause=None)] * 3
+
+
+def test_each_limit_leaves_the_next_inner_one_its_time() -> None:
+    inner, outer = supervisor.STOP_GRACE_S, lifeline._LEAVE_WITHIN_S
+    assert supervisor.FAILURE_GRACE_S < inner < outer
 
 
 def _next(*places: int) -> Attempt:

@@ -38,6 +38,9 @@ _PROGRAMS = (
     "runuser",
 )
 _UP_WITHIN_S = 20.0
+_ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+_MAY_BE_REQUEUED_S = 10.0
+"""What a job that is being put back into the queue shows for a moment looks like an end."""
 _MUNGE_SOCKET = Path("/run/munge/munge.socket.2")
 
 
@@ -120,9 +123,11 @@ class Testbed:
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def wait_for(self, job_id: str, *states: str, timeout_s: float = 60.0) -> dict[str, str]:
-        """The job, once it is in one of `states`."""
+        """The job, once it is in one of `states`; not waited for when it has ended in another."""
         limit = time.monotonic() + timeout_s
         while (job := self.job(job_id))["JobState"] not in states:
+            if job["JobState"] in _ENDED and job.get("EndTime", "Unknown") != "Unknown":
+                limit = min(limit, time.monotonic() + _MAY_BE_REQUEUED_S)
             if time.monotonic() > limit:
                 raise AssertionError(f"job {job_id} is {job['JobState']}, not {states}: {job}")
             time.sleep(0.2)

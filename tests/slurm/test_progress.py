@@ -4,7 +4,8 @@ from pathlib import Path
 
 from slurm_plans import make_plan
 
-from bigtrain.cluster.lifeline import EXIT_AGAIN, Verdict
+from bigtrain.cluster.lifeline import Verdict
+from bigtrain.cluster.signals import EXIT_AGAIN
 from bigtrain.slurm.progress import Progress
 
 LOST = Verdict(code=EXIT_AGAIN, cause="node1 vanished", lost=("node1",))

@@ -53,6 +53,7 @@ CASES = {
         container_image="docker://pytorch#x",
         container_mounts="/data:/data",
     ),
+    "apptainer": request(plan(), python="python3", setup="export APPTAINER_IMAGE=/data/image.sif"),
     "spare": request(plan(), spare_nodes=1),
     "sweep": dataclasses.replace(
         request(plan()),
@@ -64,8 +65,9 @@ CASES = {
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_the_script_is_the_golden_text(name: str) -> None:
-    template = bundled_file("slurm/train.sbatch").read_text()
-    assert render(CASES[name], template=template) == (GOLDEN / f"{name}.sbatch").read_text()
+    template = f"slurm/{'apptainer' if name == 'apptainer' else 'train'}.sbatch"
+    text = render(CASES[name], template=bundled_file(template).read_text())
+    assert text == (GOLDEN / f"{name}.sbatch").read_text()
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")

@@ -170,10 +170,11 @@ def test_a_run_that_was_requeued_ends_with_the_losses_of_an_undisturbed_one(
 
 @pytest.mark.slow
 def test_a_time_limit_ahead_makes_it_save_leave_with_85_and_resume_by_itself(run: Run) -> None:
-    run.submit("--set", "training.max_steps=2000", "--set", "training.save_steps=1000",
-               "--time", "1:00", "--signal", "USR2@35")  # fmt: skip
+    # Slurm gives its notice up to 30 s early: here 40 s after the start, or a little later.
+    run.submit("--set", "training.max_steps=9000", "--set", "training.save_steps=9000",
+               "--time", "3:00", "--signal", "USR2@110")  # fmt: skip
     run.wait_for_step(1)
-    run.ended("PENDING", timeout_s=90)
+    run.ended("PENDING", timeout_s=120)
     assert "going on in a new start of job" in run.text()
     saved = sorted((run.folder / "out").glob("checkpoint-*"))
     assert len(saved) == 1
@@ -183,6 +184,22 @@ def test_a_time_limit_ahead_makes_it_save_leave_with_85_and_resume_by_itself(run
     assert f"{saved[0].name}" in run.text().partition("new start")[2]
     run.bigtrain("cancel", "tiny")
     run.ended("CANCELLED")
+
+
+@pytest.mark.slow
+def test_a_run_in_a_job_that_asks_for_no_notice_gives_it_to_itself(run: Run) -> None:
+    steps = "--set training.max_steps=9000 --set training.save_steps=9000"
+    command = f"srun {sys.executable} -m bigtrain launch run.yaml --procs-per-node 1 {steps}"
+    script = run.folder / "own.sbatch"
+    script.write_text(OTHER_WAYS.format(command=command).replace("per-node=2", "per-node=1"))
+    words = ("sbatch", "--parsable", "--time=2:00", script)
+    run.job_id = run.bed.run(*words, cwd=run.folder).stdout.strip()
+    run.wait_for_step(1)
+    assert run.ended("FAILED", timeout_s=110)["ExitCode"] == "85:0"  # half of its time is over
+    text = (run.folder / "own.out").read_text()
+    assert re.search(r"the time limit is \d+ s away: saving\n", text), text
+    (saved,) = (run.folder / "out").glob("checkpoint-*")
+    assert saved.name == f"checkpoint-{max(run.losses())}"
 
 
 @pytest.mark.slow
