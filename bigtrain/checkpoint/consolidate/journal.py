@@ -24,7 +24,7 @@ from typing import IO, Any, NamedTuple
 from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.frames import OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile
-from bigtrain.checkpoint.consolidate.sink import write_all
+from bigtrain.checkpoint.consolidate.outlet import write_all
 from bigtrain.checkpoint.json_object import json_object
 from bigtrain.checkpoint.staging import free_bytes, sync_directory
 from bigtrain.errors import CheckpointError

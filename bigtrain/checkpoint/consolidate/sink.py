@@ -1,13 +1,12 @@
-"""Bytes on their way to a file, through one thread each that checks, writes and syncs them.
+"""Bytes on their way to a file, through threads that check, write and sync them.
 
-The worker fills buffers. Meanwhile the checker does what was noted of the ones before (checksums),
-the writer hashes and writes those before them, and the syncer keeps the disk busy, so that the last
-sync has little left to do.
+The worker fills buffers. Meanwhile the checker does what was noted of the ones before (checksums)
+and hashes them, two writers keep the disk busy with those before them, and the syncer has them on
+the disk for good, so that the last sync has little left to do.
 """
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -15,11 +14,13 @@ from types import TracebackType
 from typing import NamedTuple
 
 from bigtrain.checkpoint.consolidate.digest import Digest
+from bigtrain.checkpoint.consolidate.outlet import ALIGNMENT, Outlet, aligned_buffer
 
 BUFFER_BYTES = 1 << 20
 """Larger ones leave the processor's cache and are slower."""
-_BUFFERS = 6
-_SYNC_BYTES = 64 << 20
+_BUFFERS = 8
+_WRITERS = 2
+_SYNC_BYTES = 256 << 20
 
 
 class _Filled(NamedTuple):
@@ -27,13 +28,9 @@ class _Filled(NamedTuple):
     notes: list[Callable[[], object]]
 
 
-def write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    """All of `data`, from `offset` on: a disk that fills writes a part, and says so at the next."""
-    left = memoryview(data)
-    while left:
-        written = os.pwrite(fd, left, offset)
-        offset += written
-        left = left[written:]
+class _Checked(NamedTuple):
+    data: memoryview
+    offset: int
 
 
 class Sink:
@@ -44,27 +41,28 @@ class Sink:
 
     def __init__(
         self,
-        fd: int,
+        outlet: Outlet,
         *,
         offset: int,
         digest: Digest,
         on_synced: Callable[[int], None],
     ) -> None:
-        self._fd = fd
+        self._outlet = outlet
         self._digest = digest
         self._on_synced = on_synced
-        self._written = offset
+        self._begun = offset
+        self._written = _Reached(offset)
         self._synced = offset
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Filled | None] = queue.SimpleQueue()
-        self._checked: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._checked: queue.SimpleQueue[_Checked | None] = queue.SimpleQueue()
         self._notes: list[Callable[[], object]] = []
         for _ in range(_BUFFERS):
-            self._free.put(memoryview(bytearray(BUFFER_BYTES)))
+            self._free.put(aligned_buffer(BUFFER_BYTES))
         self._buffer: memoryview | None = None
         self._filled = 0
-        # Buffers end where pages do, and where no element is cut in two.
-        self._room = BUFFER_BYTES - offset % BUFFER_BYTES
+        # The first ends where a page does, the others are whole pages; no element is cut in two.
+        self._room = -offset % ALIGNMENT or BUFFER_BYTES
         self._fault: BaseException | None = None
         self._wake = threading.Event()
         self._closing = False
@@ -72,7 +70,7 @@ class Sink:
             threading.Thread(target=self._guarded, args=(run,), name=f"sink-{name}", daemon=True)
             for name, run in (
                 ("check", self._check_all),
-                ("write", self._write_all),
+                *[("write", self._write_all)] * _WRITERS,
                 ("sync", self._sync_all),
             )
         ]
@@ -116,9 +114,9 @@ class Sink:
         if fault is None:
             self._hand_over()
         self._full.put(None)
-        checker, writer, syncer = self._threads
-        checker.join()
-        writer.join()
+        *earlier, syncer = self._threads
+        for thread in earlier:
+            thread.join()
         self._closing = True
         self._wake.set()
         syncer.join()
@@ -137,25 +135,29 @@ class Sink:
         except BaseException as fault:  # the worker raises it
             self._fault = self._fault or fault
             for _ in range(_BUFFERS):  # it may be waiting for a buffer
-                self._free.put(memoryview(bytearray(BUFFER_BYTES)))
+                self._free.put(aligned_buffer(BUFFER_BYTES))
 
     def _check_all(self) -> None:
+        offset = self._begun
         try:
             while (filled := self._full.get()) is not None:
                 for task in filled.notes:
                     task()
                 if filled.data is not None:
-                    self._checked.put(filled.data)
+                    self._digest.update(filled.data)
+                    self._checked.put(_Checked(filled.data, offset))
+                    offset += filled.data.nbytes
         finally:
-            self._checked.put(None)
+            for _ in range(_WRITERS):
+                self._checked.put(None)
 
     def _write_all(self) -> None:
-        while (data := self._checked.get()) is not None:
-            self._digest.update(data)
-            write_all(self._fd, data, self._written)
-            self._written += data.nbytes
+        while (checked := self._checked.get()) is not None:
+            data, offset = checked
+            self._outlet.write(data, offset)
+            reached = self._written.add(offset, data.nbytes)
             self._free.put(memoryview(data.obj))
-            if self._written - self._synced >= _SYNC_BYTES:
+            if reached - self._synced >= _SYNC_BYTES:
                 self._wake.set()
 
     def _sync_all(self) -> None:
@@ -163,7 +165,24 @@ class Sink:
         while not closing:
             self._wake.wait()
             self._wake.clear()
-            closing, reached = self._closing, self._written
-            os.fdatasync(self._fd)
+            closing, reached = self._closing, self._written.value
+            self._outlet.sync()
             self._synced = reached
             self._on_synced(reached)
+
+
+class _Reached:
+    """Up to where a file is written without a gap, by threads that overtake each other."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+        self._guard = threading.Lock()
+        self._ahead: dict[int, int] = {}
+
+    def add(self, offset: int, count: int) -> int:
+        """These bytes are written too; up to where all are."""
+        with self._guard:
+            self._ahead[offset] = offset + count
+            while self.value in self._ahead:
+                self.value = self._ahead.pop(self.value)
+            return self.value

@@ -20,8 +20,9 @@ from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
 from bigtrain.checkpoint.consolidate.journal import FileJournal, KeptError
 from bigtrain.checkpoint.consolidate.layout import OutputFile
+from bigtrain.checkpoint.consolidate.outlet import Outlet, write_all
 from bigtrain.checkpoint.consolidate.product import Product
-from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink, write_all
+from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
 from bigtrain.checkpoint.dtypes import DTYPES
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
 from bigtrain.checkpoint.witness import RecordSource, Witness, no_records
@@ -103,18 +104,18 @@ class Copier:
         frame = file.frame
         hashes: dict[str, str] = {}
         overflowed: dict[str, int] = {}
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        outlet = Outlet(path)
         try:
             offset = len(frame.header)
-            finished, whole, crcs = journal.finished(file, fd)
+            finished, whole, crcs = journal.finished(file, outlet.fd)
             for number, tensor in enumerate(finished):
                 self._require(tensor)
                 hashes[tensor.name] = journal.hashes[tensor.name]
                 tail = frame.tail(number, crcs[number])
                 offset = frame.offsets[number] + tensor.nbytes + len(tail)
                 self.done_bytes += tensor.nbytes
-            os.truncate(fd, offset)
-            with Sink(fd, offset=offset, digest=whole, on_synced=journal.synced) as sink:
+            os.truncate(outlet.fd, offset)
+            with Sink(outlet, offset=offset, digest=whole, on_synced=journal.synced) as sink:
                 for number, tensor in enumerate(file.tensors[len(finished) :], len(finished)):
                     sink.put(frame.lead(number))
                     own = Digest(needs_crc=frame.needs_crc)
@@ -126,10 +127,10 @@ class Copier:
                     end = frame.offsets[number] + tensor.nbytes
                     sink.note(partial(_enter, journal, hashes, tensor.name, own, end, infinite))
                 sink.put(frame.trailer(crcs))
-            write_all(fd, frame.header, 0)
-            os.fsync(fd)
+            write_all(outlet.fd, frame.header, 0)
+            os.fsync(outlet.fd)
         finally:
-            os.close(fd)
+            outlet.close()
         overflowed.update(journal.overflowed)
         return WrittenFile(
             name=file.name,
