@@ -53,6 +53,8 @@ class Layers:
         self.values: dict[str, Any] = {}
         self.origins: dict[str, str] = {}
         """Dotted key → `run.yaml:12`, `--set`, `flag --engine`."""
+        self.wrong: set[str] = set()
+        """The last part of each key that a fault was noted of."""
         self._label = label
         self._faults: list[str] = []
 
@@ -82,6 +84,7 @@ class Layers:
     def fault(self, path: KeyPath, what: str) -> None:
         """Note what is wrong with the value at `path`, and how to mend it."""
         key = ".".join(path)
+        self.wrong |= set(path[-1:])
         place = f"{self.origin(path)}: {key}" if key else self._label
         self._faults.append(f"{place}: {what}")
 
@@ -108,10 +111,14 @@ class Layers:
     def has_faults(self) -> bool:
         return bool(self._faults)
 
+    def told(self) -> list[str]:
+        """All faults, in the order of the file's lines."""
+        return in_order(self._faults)
+
     def raise_faults(self) -> None:
         """ConfigError with all faults, in the order of the file's lines, if there are any."""
         if self._faults:
-            raise ConfigError(sorted(self._faults, key=_by_line))
+            raise ConfigError(self.told())
 
     def _expanded(self, path: KeyPath, value: Any, key: str) -> Any:
         inner = _SHORTHANDS.get(path[0]) if len(path) == 1 else None
@@ -182,6 +189,11 @@ def _leaves(path: KeyPath, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves((*path, key), inner)
+
+
+def in_order(faults: Iterable[str]) -> list[str]:
+    """By file and line, where they say one."""
+    return sorted(faults, key=_by_line)
 
 
 def _by_line(fault: str) -> tuple[str, int]:

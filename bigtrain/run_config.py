@@ -78,6 +78,22 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A run file as far as it can be read."""
+
+    config: RunConfig | None
+    """Without the arguments and the data's keys that are wrong; None where something is wrong on
+    which the whole plan depends."""
+    faults: tuple[str, ...]
+    wrong: frozenset[str]
+    """The names of the keys that the faults are of."""
+
+    def follows(self, fault: str) -> bool:
+        """Whether a fault of the plan may only be there because a key is wrong that it names."""
+        return any(re.search(rf"\b{re.escape(key)}\b", fault) for key in self.wrong)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScriptConfig:
     """What can be said of a run whose script makes its own model, data and arguments."""
 
@@ -92,20 +108,31 @@ class ScriptConfig:
 
 
 def load_run_config(
+    path: Path, *, label: str | None = None, overrides: Sequence[Override] = ()
+) -> RunConfig:
+    """The run that the file at `path` describes, as `read_run_config`.
+
+    Raises ConfigError with every fault, each as `file:line: section.key: what; the fix`.
+    """
+    reading = read_run_config(path, label=label, overrides=overrides)
+    if reading.config is None or reading.faults:
+        raise ConfigError(reading.faults)
+    return reading.config
+
+
+def read_run_config(
     path: Path,
     *,
     label: str | None = None,
     overrides: Sequence[Override] = (),
     foreign: Sequence[Override] = (),
     root: Path | None = None,
-) -> RunConfig:
-    """The run that the file at `path` describes, with `overrides` on top.
+) -> Reading:
+    """The run that the file at `path` describes, with `overrides` on top, and its faults.
 
-    `foreign` is what another tool's config says; it may not contradict the file. Where something
-    is wrong, what is missing under `root` is told with it.
-
-    `label` is the file's name in messages and origins, by default its path. Raises ConfigError
-    with every fault, each as `file:line: section.key: what; the fix`.
+    `foreign` is what another tool's config says; it may not contradict the file. Where there will
+    be no plan, what is missing under `root` is told as well. `label` is the file's name in
+    messages and origins, by default its path.
     """
     label = label or str(path)
     layers = lay(read_run_file(path, label=label), overrides, label=label, foreign=foreign)
@@ -125,13 +152,14 @@ def load_run_config(
         length = data.sequence_length if data is not None else 0
         for key, what in config_faults(model.config, sequence_length=length):
             layers.fault(("model", "config", key), what)
-    if layers.has_faults and root is not None:
-        for key, what in run_inputs.faults(data, model, tokenizer, root=root):
+    is_plannable = not layers.wrong & {"tokenizer", *_TOP_LEVEL, *_KNOWN}
+    if model is None or data is None or engine is None or cluster is None or not is_plannable:
+        missing = () if root is None else run_inputs.faults(data, model, tokenizer, root=root)
+        for key, what in missing:
             layers.fault(tuple(key.split(".")), what)
-    layers.raise_faults()
-    assert model is not None and data is not None and engine is not None and cluster is not None
+        return Reading(config=None, faults=tuple(layers.told()), wrong=frozenset(layers.wrong))
     name = top.get("name") or path.stem
-    return RunConfig(
+    config = RunConfig(
         name=name,
         output_dir=top.get("output_dir") or f"runs/{name}",
         global_batch_size=top.get("global_batch_size"),
@@ -143,6 +171,7 @@ def load_run_config(
         cluster=cluster,
         origins=layers.origins,
     )
+    return Reading(config=config, faults=tuple(layers.told()), wrong=frozenset(layers.wrong))
 
 
 def load_script_config(
@@ -223,7 +252,10 @@ def _mapping(layers: Layers, name: str) -> Mapping[str, Any] | None:
 
 
 def _section(layers: Layers, name: str, kind: type[_S]) -> _S | None:
-    """The section validated, or None after its faults were noted."""
+    """The section validated, or None after its faults were noted.
+
+    Of the data's, no engine and no memory depends on a key that is wrong: it is left out.
+    """
     value = _mapping(layers, name)
     if value is None or (not value and name not in ("engine", "cluster")):
         return None
@@ -233,6 +265,12 @@ def _section(layers: Layers, name: str, kind: type[_S]) -> _S | None:
         for details in error.errors(include_url=False):
             path = (name, *(str(part) for part in details["loc"]))
             layers.fault(path, _explained(details, kind))
+        wrong = {str(details["loc"][0]) for details in error.errors() if details["loc"]}
+        if name != "data" or not wrong:
+            return None
+    try:
+        return kind.model_validate({key: value[key] for key in value.keys() - wrong})
+    except ValidationError:
         return None
 
 

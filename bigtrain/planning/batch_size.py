@@ -11,27 +11,32 @@ from bigtrain.run_config import RunConfig
 from bigtrain.topology import Topology
 
 _FIELD = "gradient_accumulation_steps"
+_MICRO = "per_device_train_batch_size"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Accumulation:
-    """The number of micro-batches that `global_batch_size` asks for, and that it did."""
+    """What `global_batch_size` asks for of what was not said, and that it did."""
 
-    steps: int
+    argument: str
+    """How many micro-batches, or how large each of them is."""
+    value: int
     derivation: str
 
 
 def accumulation(
     config: RunConfig, values: Mapping[str, Any], topology: Topology
 ) -> Accumulation | None:
-    """Micro-batches in one step; None where the run file says no `global_batch_size`.
+    """How many micro-batches a step has, or their size; None without a `global_batch_size`.
 
     `values` are whole TrainingArguments. Raises ConfigError where it doesn't divide.
     """
     size = config.global_batch_size
     if size is None:
         return None
-    micro_batch, world_size = values["per_device_train_batch_size"], topology.world_size
+    if _MICRO not in config.training and config.training.get(_FIELD):
+        return _micro_batch(config, size, config.training[_FIELD], topology.world_size)
+    micro_batch, world_size = values[_MICRO], topology.world_size
     at_once = micro_batch * world_size
     origin = config.origins["global_batch_size"]
     if size % at_once:
@@ -48,8 +53,26 @@ def accumulation(
             f"global_batch_size {size} ({origin}) needs {steps}; leave one of them out"
         )
     return Accumulation(
-        steps=steps,
+        argument=_FIELD,
+        value=steps,
         derivation=f"global_batch_size {size} ÷ ({micro_batch} × {world_size} processes)",
+    )
+
+
+def _micro_batch(config: RunConfig, size: int, steps: int, world_size: int) -> Accumulation:
+    """Of the three, two were said: the third follows."""
+    at_once = steps * world_size
+    if size % at_once:
+        below = size // at_once * at_once
+        sizes = " or ".join(str(near) for near in (below, below + at_once) if near)
+        raise ConfigError(
+            f"{config.origins['global_batch_size']}: global_batch_size: {size} is not divisible by "
+            f"{steps} (training.{_FIELD}) × {world_size} (processes) = {at_once}; use {sizes}"
+        )
+    return Accumulation(
+        argument=_MICRO,
+        value=size // at_once,
+        derivation=f"global_batch_size {size} ÷ ({steps} × {world_size} processes)",
     )
 
 

@@ -7,6 +7,7 @@ way of starting are decided: it makes its own model, data and arguments.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bigtrain import run_inputs
 from bigtrain.arguments.schema import defaults, load_schema
 from bigtrain.arguments.values import nearest
 from bigtrain.errors import ConfigError, UnsupportedError
+from bigtrain.layers import in_order
 from bigtrain.plan import RunPlan
 from bigtrain.planning import automatic, preloading
 from bigtrain.planning.batch_size import Accumulation, accumulation
@@ -24,7 +26,7 @@ from bigtrain.planning.output_dir import check_output_dir
 from bigtrain.planning.processes import Processes, choose_processes
 from bigtrain.planning.request import Request, Surroundings, foreign_overrides
 from bigtrain.planning.script_plan import plan_script
-from bigtrain.run_config import RunConfig, load_run_config
+from bigtrain.run_config import Reading, RunConfig, read_run_config
 from bigtrain.share import bundled
 from bigtrain.translate import foreign, translate
 from bigtrain.translate.config import ArgumentFate, Translation, uses_nvme
@@ -61,8 +63,16 @@ def _find_target(name: str, working_dir: Path) -> Path:
 
 
 def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -> RunPlan:
-    config = _load(target, request, surroundings)
-    plan = _planned(config, target, request, surroundings)
+    reading = _read(target, request, surroundings)
+    if reading.config is None:
+        raise ConfigError(reading.faults)
+    try:
+        plan = _planned(reading.config, target, request, surroundings)
+    except ConfigError as error:
+        more = [fault for fault in error.faults if not reading.follows(fault)]
+        raise type(error)(in_order([*reading.faults, *more])) from error
+    if reading.faults:
+        raise ConfigError(reading.faults)
     if not surroundings.is_rehearsal:
         check_output_dir(plan)
         _refuse_nvme(plan)
@@ -70,15 +80,23 @@ def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -
 
 
 def _load(target: Path, request: Request, surroundings: Surroundings) -> RunConfig:
+    reading = _read(target, request, surroundings)
+    if reading.config is None or reading.faults:
+        raise ConfigError(reading.faults)
+    return reading.config
+
+
+def _read(target: Path, request: Request, surroundings: Surroundings) -> Reading:
+    """The run file, completed by the configs that it names."""
     elsewhere = surroundings.device_memory is not None
-    config = load_run_config(
+    reading = read_run_config(
         target,
         label=_as_shown(target, surroundings),
         overrides=request.overrides,
         foreign=foreign_overrides(request, surroundings),
         root=None if elsewhere else surroundings.working_dir,
     )
-    return _filled(config)
+    return reading if reading.config is None else _filled(reading.config, reading)
 
 
 def _planned(
@@ -182,25 +200,35 @@ def plan_of(
     )
 
 
-def _filled(config: RunConfig) -> RunConfig:
+def _filled(config: RunConfig, reading: Reading) -> Reading:
     """With what given configs say where the run file says nothing."""
-    values = {field: value for field, (value, _) in foreign.implied(config.training).items()}
-    origins = foreign.implied_origins(config.training, config.origins) | dict(config.origins)
-    size = config.global_batch_size
-    given = foreign.global_batch(config.training, config.origins)
+    try:
+        training, unreadable = foreign.sound(config.training)
+    except ConfigError as error:
+        faults = in_order([*reading.faults, *_at_deepspeed(error.faults, config)])
+        return dataclasses.replace(reading, config=None, faults=tuple(faults))
+    wrong = {key.rpartition(".")[2] for key, _ in unreadable}
+    faults = [*reading.faults, *_at_deepspeed([why for _, why in unreadable], config)]
+    values = {field: value for field, (value, _) in foreign.implied(training).items()}
+    origins = foreign.implied_origins(training, config.origins) | dict(config.origins)
+    size, given = config.global_batch_size, foreign.global_batch(training, config.origins)
     if given is not None and size not in (None, given[0]):
-        raise ConfigError(
+        wrong |= {"global_batch_size", "train_batch_size"}
+        faults.append(
             f"{config.origins['global_batch_size']}: global_batch_size: {size}, but {given[1]} is "
             f"{given[0]}; neither wins: make them equal, or leave one out"
         )
     if given is not None and size is None:
         size, origins["global_batch_size"] = given
-    return dataclasses.replace(
-        config,
-        global_batch_size=size,
-        training={**config.training, **values},
-        origins=origins,
+    filled = dataclasses.replace(
+        config, global_batch_size=size, training={**training, **values}, origins=origins
     )
+    return Reading(config=filled, faults=tuple(in_order(faults)), wrong=reading.wrong | wrong)
+
+
+def _at_deepspeed(faults: Sequence[str], config: RunConfig) -> list[str]:
+    place = config.origins.get("training.deepspeed")
+    return [f"{place}: {why}" if place else why for why in faults]
 
 
 def _refuse_nvme(plan: RunPlan) -> None:
@@ -236,7 +264,7 @@ def _translated(
     except ConfigError as error:
         faults += error.faults
     if batch is not None:
-        training["gradient_accumulation_steps"] = batch.steps
+        training[batch.argument] = batch.value
     try:
         translation = translate(
             training,
@@ -257,8 +285,6 @@ def _translated(
 def _with_derivation(translation: Translation, batch: Accumulation | None) -> Translation:
     if batch is None:
         return translation
-    derived = ArgumentFate(
-        argument="gradient_accumulation_steps", fate="derived", detail=batch.derivation
-    )
+    derived = ArgumentFate(argument=batch.argument, fate="derived", detail=batch.derivation)
     fates = (derived if fate.argument == derived.argument else fate for fate in translation.fates)
     return dataclasses.replace(translation, fates=tuple(fates))

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator, Mapping
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -32,8 +34,10 @@ _CLASSES: Mapping[str, str] = {
     "comms_logger": "CommsLoggerConfig",
     "compile": "CompileConfig",
     "timers.throughput": "DeepSpeedThroughputTimerConfig",
+    "hybrid_engine": "HybridEngineConfig",
 }
 _CLASS_FILES = (
+    "runtime/config.py",
     "runtime/zero/*config.py",
     "runtime/precision_config.py",
     "runtime/zenflow/zenflow_config.py",
@@ -42,15 +46,27 @@ _CLASS_FILES = (
     "compile/config.py",
     "utils/config.py",
 )
-# Section → the file whose constants of that prefix are its keys.
+_DATA = "runtime/data_pipeline/constants.py"
+# Section → the file whose constants of that name, or of that prefix where it ends in _, are its
+# keys.
 _CONSTANTS: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "activation_checkpointing": ("runtime/activation_checkpointing/config.py", ("ACT_CHKPT_",)),
     "aio": ("runtime/swap_tensor/constants.py", ("AIO_",)),
+    "autotuning": ("autotuning/constants.py", ("AUTOTUNING_", "MODEL_INFO")),
     "checkpoint": (
         "runtime/constants.py",
-        ("CHECKPOINT_TAG_", "CHECKPOINT_PARALLEL_WRITE", "LOAD_UNIVERSAL_", "USE_NODE_LOCAL_"),
+        ("CHECKPOINT_TAG_", "CHECKPOINT_PARALLEL_", "LOAD_UNIVERSAL_", "USE_NODE_LOCAL_"),
     ),
-    "data_types": ("runtime/constants.py", ("GRAD_ACCUM_",)),
+    "data_efficiency": (_DATA, ("DATA_EFFICIENCY_", "DATA_SAMPLING", "DATA_ROUTING")),
+    "data_efficiency.data_sampling": (
+        _DATA,
+        ("DATA_SAMPLING_", "CURRICULUM_LEARNING", "DYNAMIC_BATCHING"),
+    ),
+    "data_efficiency.data_routing": (_DATA, ("DATA_ROUTING_", "RANDOM_LTD")),
+    "data_types": (
+        "runtime/constants.py",
+        ("GRAD_ACCUM_", "PARAM_DTYPE", "BUFFER_DTYPE", "KEEP_IN_FP32_"),
+    ),
     "flops_profiler": ("profiling/constants.py", ("FLOPS_PROFILER_",)),
     "torch_autocast": ("runtime/constants.py", ("TORCH_AUTOCAST_",)),
 }
@@ -59,12 +75,32 @@ _TOP_FILES = (
     "runtime/*config.py",
     "runtime/*/*config.py",
     *("comm/config.py", "profiling/config.py", "utils/config.py", "autotuning/config.py"),
+    "datastates/config.py",
 )
 # Read at the top in a way that `_top_level` does not see.
 _ALSO_AT_THE_TOP = (
     *("communication_data_type", "seq_parallel_communication_data_type"),
-    *("tensorboard", "wandb", "csv_monitor", "comet", "compression_training"),
+    *("tensorboard", "wandb", "csv_monitor", "comet"),
 )
+# Looked up by functions that call a section as the others call the whole.
+_LOOKED_UP_IN_SECTIONS = frozenset(
+    {
+        *("curriculum_learning", "data_routing", "data_sampling", "dynamic_batching"),
+        *("model_info", "random_ltd", "writer"),
+    }
+)
+_REMOVED: Mapping[str, str] = {
+    "_REMOVED_TOP_LEVEL_CONFIG_KEYS": "",
+    "_REMOVED_ZERO_CONFIG_KEYS": "zero_optimization.",
+}
+"""Names in runtime/config.py of what it refuses by name, and the section of its keys."""
+_BOUNDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "ge": ("at least", operator.ge),
+    "gt": ("more than", operator.gt),
+    "le": ("at most", operator.le),
+    "lt": ("less than", operator.lt),
+}
+"""pydantic's words."""
 _HOLDS_THE_JSON = ("param_dict", "ds_config", "config_dict")
 _PYDANTIC_KINDS = {"int", "float", "bool", "str", "list", "dict"}
 _KIND_WORDS = {
@@ -95,22 +131,29 @@ _UNDECLARED: Mapping[str, Kinds] = {
 
 def unknown(given: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong, and the fix, for each key that DeepSpeed does not have."""
-    known = _known()
+    known, removed = _known(), _removed()
     for section, key, _ in _walk(given, ""):
         keys = known.get(section)
-        if keys and key not in keys:
+        if _path(section, key) in removed:
+            yield f"{_path(section, key)}: DeepSpeed has this no more, and refuses it; leave it out"
+        elif keys and key not in keys:
             yield f"{_path(section, key)} is no key of DeepSpeed's{did_you_mean(key, keys)}"
 
 
-def mistyped(given: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong, and the fix, for each value of another type than DeepSpeed takes."""
+def mistyped(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) for each value of another type than DeepSpeed takes, or out of its
+    bounds."""
     known = _known()
     for section, key, value in _walk(given, ""):
         path = _path(section, key)
         kinds = _UNDECLARED.get(path) or known.get(section, {}).get(key)
         if kinds and value not in (None, AUTO) and not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_KIND_WORDS[kind] for kind in sorted(kinds))
-            yield f"{path} is {value!r} there, not {wanted}"
+            yield path, f"{path} is {value!r} there, not {wanted}"
+            continue
+        for word, holds, bound in _bounds().get(path, ()):
+            if isinstance(value, (int, float)) and not holds(value, bound):
+                yield path, f"{path} is {value} there; it must be {word} {bound}"
 
 
 def _walk(section: Mapping[str, Any], name: str) -> Iterator[tuple[str, str, Any]]:
@@ -141,22 +184,72 @@ def _kind_of(value: Any) -> Kinds:
 @lru_cache(maxsize=1)
 def _known() -> Mapping[str, Keys]:
     """Section → its keys. Empty, and nothing is refused, where DeepSpeed is not installed."""
-    spec = importlib.util.find_spec("deepspeed")
-    if spec is None or spec.origin is None:
+    folder = _folder()
+    if folder is None:
         return {}
-    folder = Path(spec.origin).parent
+    found: dict[str, dict[str, Kinds]] = {section: {} for section in _CLASSES}
+    for field in _class_fields(folder):
+        found.setdefault(field.section, {}).update(dict.fromkeys(field.names, field.kinds))
+    for section, (file, names) in _CONSTANTS.items():
+        found[section] = _of_constants(folder / file, names)
+    return {**found, "": _top_level(folder)}
+
+
+@lru_cache(maxsize=1)
+def _bounds() -> Mapping[str, tuple[tuple[str, Callable[[Any, Any], bool], float], ...]]:
+    """Dotted key → what its number must be: the word for it, the comparison, and with what."""
+    folder = _folder()
+    return {
+        _path(field.section, name): tuple(
+            (*_BOUNDS[keyword], bound) for keyword, bound in field.bounds
+        )
+        for field in (_class_fields(folder) if folder else ())
+        for name in field.names
+    }
+
+
+@lru_cache(maxsize=1)
+def _removed() -> frozenset[str]:
+    """Dotted keys that DeepSpeed once had, and refuses now."""
+    folder = _folder()
+    statements = _parsed(folder / "runtime/config.py").body if folder else ()
+    return frozenset(
+        f"{_REMOVED[node.targets[0].id]}{key.value!s}"
+        for node in statements
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in _REMOVED
+        and isinstance(node.value, ast.Dict)
+        for key in node.value.keys
+        if isinstance(key, ast.Constant)
+    )
+
+
+def _folder() -> Path | None:
+    spec = importlib.util.find_spec("deepspeed")
+    return None if spec is None or spec.origin is None else Path(spec.origin).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Field:
+    """One field of a pydantic class."""
+
+    section: str
+    names: tuple[str, ...]
+    """Its own name and its aliases."""
+    kinds: Kinds
+    bounds: tuple[tuple[str, float], ...]
+
+
+def _class_fields(folder: Path) -> Iterator[_Field]:
     models = {
         node.name: node
         for pattern in _CLASS_FILES
         for node in _parsed_all(folder, pattern)
         if isinstance(node, ast.ClassDef)
     }
-    found: dict[str, Keys] = {}
     for section, model in _CLASSES.items():
-        found |= _of_class(section, model, models)
-    for section, (file, prefixes) in _CONSTANTS.items():
-        found[section] = _of_constants(folder / file, prefixes)
-    return {**found, "": _top_level(folder)}
+        yield from _of_class(section, model, models)
 
 
 def _parsed_all(folder: Path, pattern: str) -> Iterator[ast.stmt]:
@@ -171,23 +264,22 @@ def _parsed(file: Path) -> ast.Module:
         return ast.Module(body=[], type_ignores=[])
 
 
-def _of_class(
-    section: str, model: str, models: Mapping[str, ast.ClassDef]
-) -> dict[str, dict[str, Kinds]]:
-    """A pydantic class's fields and their aliases; those that are classes of this kind as well."""
+def _of_class(section: str, model: str, models: Mapping[str, ast.ClassDef]) -> Iterator[_Field]:
+    """A pydantic class's fields; those of the classes of this kind that they name as well."""
     node = models.get(model)
-    keys: dict[str, Kinds] = {}
-    found = {section: keys}
     for field in node.body if node else ():
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
         words = {part.id for part in ast.walk(field.annotation) if isinstance(part, ast.Name)}
-        names = [field.target.id, *_aliases(field.value)]
-        keys |= dict.fromkeys(names, _kinds(words))
-        for inner in words & models.keys():
+        said = dict(_keywords(field.value))
+        names = (field.target.id, *(str(said[word]) for word in ("alias",) if word in said))
+        bounds = (
+            (word, said[word]) for word in _BOUNDS if isinstance(said.get(word), (int, float))
+        )
+        yield _Field(section=section, names=names, kinds=_kinds(words), bounds=tuple(bounds))
+        for inner in sorted(words & models.keys()):
             for name in names:
-                found |= _of_class(f"{section}.{name}", inner, models)
-    return found
+                yield from _of_class(f"{section}.{name}", inner, models)
 
 
 def _kinds(words: set[str]) -> Kinds:
@@ -196,10 +288,11 @@ def _kinds(words: set[str]) -> Kinds:
     return frozenset(plain) if plain <= _PYDANTIC_KINDS and "Any" not in words else frozenset()
 
 
-def _aliases(value: ast.expr | None) -> Iterator[str]:
+def _keywords(value: ast.expr | None) -> Iterator[tuple[str, Any]]:
+    """What a `Field(…)` says by name."""
     for keyword in value.keywords if isinstance(value, ast.Call) else ():
-        if keyword.arg == "alias" and isinstance(keyword.value, ast.Constant):
-            yield str(keyword.value.value)
+        if keyword.arg and isinstance(keyword.value, ast.Constant):
+            yield keyword.arg, keyword.value.value
 
 
 def _of_constants(file: Path, prefixes: tuple[str, ...]) -> dict[str, Kinds]:
@@ -208,8 +301,12 @@ def _of_constants(file: Path, prefixes: tuple[str, ...]) -> dict[str, Kinds]:
     return {
         value: _kind_of(values.get(f"{name}_DEFAULT"))
         for name, value in values.items()
-        if name.startswith(prefixes) and isinstance(value, str) and _is_key(name)
+        if isinstance(value, str) and _is_key(name) and _is_named(name, prefixes)
     }
+
+
+def _is_named(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(name == p or (p.endswith("_") and name.startswith(p)) for p in patterns)
 
 
 def _assigned(module: ast.Module) -> Iterator[tuple[str, Any]]:
@@ -242,7 +339,7 @@ def _top_level(folder: Path) -> dict[str, Kinds]:
         for path in folder.glob(pattern)
         for node in _look_ups(_parsed(path))
     }
-    names = (looked_up - {"None"}) | set(_ALSO_AT_THE_TOP)
+    names = (looked_up - {"None"} - _LOOKED_UP_IN_SECTIONS) | set(_ALSO_AT_THE_TOP)
     return {name: kinds.get(name, frozenset()) for name in sorted(names)}
 
 

@@ -20,21 +20,41 @@ from bigtrain.translate.config import (
 )
 from bigtrain.translate.given import GivenOption, conflicts
 from bigtrain.translate.given import merge as _merged
+from bigtrain.translate.malformed_json import read_deepspeed, read_what_is_sound
 
 
 def asked_engine(values: Mapping[str, Any]) -> EngineName | None:
     """The engine that `deepspeed` or `fsdp` among `values` asks for; None if neither is set."""
     if values.get("deepspeed"):
-        return given_json.engine(given_json.read_deepspeed(values["deepspeed"]))
+        return given_json.engine(read_deepspeed(values["deepspeed"]))
     return "fsdp" if values.get("fsdp") else None
+
+
+def sound(values: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[tuple[str, str]]]:
+    """`values` without what can't be read of a DeepSpeed JSON, and (key, what is wrong) for that.
+
+    ConfigError where nothing of it can be read.
+    """
+    if not values.get("deepspeed"):
+        return values, []
+    given, wrong = read_what_is_sound(values["deepspeed"])
+    return ({**values, "deepspeed": given}, wrong) if wrong else (values, [])
 
 
 def given_options(values: Mapping[str, Any]) -> list[GivenOption]:
     """What `deepspeed`, `fsdp` and `fsdp_config` among `values` say of the engine."""
     found = list(given_fsdp.options(values))
     if values.get("deepspeed"):
-        found += given_json_options.options(given_json.read_deepspeed(values["deepspeed"]))
+        found += given_json_options.options(read_deepspeed(values["deepspeed"]))
     return found
+
+
+def without_effect(values: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Argument → the keys of the config in it from which nothing comes, each with the reason."""
+    if not values.get("deepspeed"):
+        return {}
+    given = read_deepspeed(values["deepspeed"])
+    return {"deepspeed": list(given_json_options.without_effect(given))}
 
 
 def merge(options: EngineOptions, values: Mapping[str, Any]) -> EngineOptions:
@@ -52,7 +72,7 @@ def implied(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Fields that `values` leave open and a given DeepSpeed JSON fills: value and its key."""
     if not values.get("deepspeed"):
         return {}
-    given = given_json.read_deepspeed(values["deepspeed"])
+    given = read_deepspeed(values["deepspeed"])
     return {
         field: (value, key)
         for field, key, value in given_json.implied(given)
@@ -84,7 +104,7 @@ def global_batch(values: Mapping[str, Any], origins: Mapping[str, str]) -> tuple
     """The `train_batch_size` of a given DeepSpeed JSON, and where it stands."""
     if not values.get("deepspeed"):
         return None
-    size = given_json.train_batch_size(given_json.read_deepspeed(values["deepspeed"]))
+    size = given_json.train_batch_size(read_deepspeed(values["deepspeed"]))
     place = _place("deepspeed", values, origins)
     return None if size is None else (size, f"{place}: train_batch_size")
 
@@ -93,14 +113,14 @@ def overlay(settings: EngineSettings, values: Mapping[str, Any]) -> EngineSettin
     """`settings` with the keys of a given DeepSpeed JSON that TrainingArguments has no word for."""
     if not values.get("deepspeed") or not isinstance(settings, DeepSpeedSettings):
         return settings
-    given = given_json.read_deepspeed(values["deepspeed"])
+    given = read_deepspeed(values["deepspeed"])
     return replace(settings, json=given_json.overlay(settings.json, given))
 
 
 def unresolved(settings: EngineSettings, values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(field, what is wrong and the fix) for "auto"s that nothing here gives a value for."""
     if values.get("deepspeed") and isinstance(settings, DeepSpeedSettings):
-        given = given_json.read_deepspeed(values["deepspeed"])
+        given = read_deepspeed(values["deepspeed"])
         for key in given_json.unresolved(given, settings.json):
             yield "deepspeed", f'{key} is "auto" there, and bigtrain has no value for it; say one'
 
@@ -132,7 +152,7 @@ def faults(
         yield "fsdp", "fsdp and deepspeed are both set; keep one of them"
     yield from given_fsdp.faults(values, engine=engine, topology=topology)
     if values.get("deepspeed"):
-        given = given_json.read_deepspeed(values["deepspeed"])
+        given = read_deepspeed(values["deepspeed"])
         whole = merge(options, values)
         for why in given_json.faults(given, values, whole, origins=origins):
             yield "deepspeed", why

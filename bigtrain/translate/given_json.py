@@ -12,10 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from bigtrain.arguments.schema import load_schema
-from bigtrain.arguments.values import read_value
 from bigtrain.errors import ConfigError
-from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.translate import deepspeed_keys, given_json_options
 from bigtrain.translate.config import EngineName, EngineOptions
 from bigtrain.translate.deepspeed_keys import AUTO
@@ -45,25 +42,6 @@ _SCHEDULES = {
 _OPTIMIZERS = ("AdamW", "Adam")
 
 
-_SECTIONS = frozenset(
-    {
-        *("zero_optimization", "bf16", "fp16", "optimizer", "scheduler", "data_types"),
-        *("activation_checkpointing", "aio", "flops_profiler", "comms_logger", "timers"),
-        *("tensorboard", "wandb", "comet", "csv_monitor", "checkpoint", "compile"),
-        *("torch_autocast", "data_efficiency"),
-    }
-)
-
-
-def read_deepspeed(given: Any) -> dict[str, Any]:
-    """DeepSpeed's, as `read`; ConfigError also lists what is no section, and secrets."""
-    value = read(given, "deepspeed")
-    found = [f"training.deepspeed: {why}" for why in _malformed(value)]
-    if found:
-        raise ConfigError(found)
-    return value
-
-
 def read(given: Any, field: str) -> dict[str, Any]:
     """A mapping, JSON text, or the path of a JSON file. ConfigError names `field`."""
     if isinstance(given, Mapping):
@@ -76,47 +54,6 @@ def read(given: Any, field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"training.{field}: {given} holds no JSON object")
     return value
-
-
-def _malformed(given: Json) -> Iterator[str]:
-    """Sections that are none, a stage that is no number, and secrets, which are never shown."""
-    for key in sorted(_SECTIONS & given.keys()):
-        if not isinstance(given[key], Mapping):
-            yield f'{key} is {given[key]!r} there; make it a section, as in {{"enabled": true}}'
-    for key in _INNER_SECTIONS:
-        value = leaf(given, key)
-        if value is not None and not isinstance(value, Mapping):
-            yield f"{key} is {value!r} there, not a section"
-    stage = leaf(given, "zero_optimization.stage")
-    if isinstance(stage, bool) or stage not in (None, 0, 1, 2, 3):
-        yield f"zero_optimization.stage is {stage!r} there, not 0, 1, 2 or 3"
-    yield from _mistyped(given)
-    for key, content in given.items():
-        if isinstance(content, Mapping):
-            names = (name for name, value in content.items() if value and looks_secret(name))
-            yield from (f"{key}.{name}: {SECRET_ADVICE}" for name in names)
-
-
-_INNER_SECTIONS = (
-    *("optimizer.params", "scheduler.params", "timers.throughput"),
-    *("zero_optimization.offload_optimizer", "zero_optimization.offload_param"),
-)
-
-
-def _mistyped(given: Json) -> Iterator[str]:
-    """What DeepSpeed could not hold, and what TrainingArguments could not."""
-    schema, told = load_schema(), list(deepspeed_keys.mistyped(given))
-    yield from told
-    for field, key, value in implied(given):
-        if any(why.startswith(f"{key} is ") for why in told):
-            continue
-        if isinstance(value, str):  # an argument would be read from text
-            yield f"{key} is {value!r} there, not a number"
-            continue
-        try:
-            read_value(schema[field], value)
-        except ValueError as error:
-            yield f"{key}: {error}"
 
 
 def engine(given: Json) -> EngineName:

@@ -35,6 +35,8 @@ _RECOMPUTED = (
     "only a model that calls deepspeed.checkpointing itself reads it; leave it out, and recompute "
     "by training.gradient_checkpointing"
 )
+_OUR_DATA = "the loop loads the data itself; leave it out"
+_OUR_STATE = "checkpoints here do not know it; leave it out"
 _ONE_WAY: Mapping[str, tuple[Any, str]] = {
     "activation_checkpointing.partition_activations": (False, _RECOMPUTED),
     "activation_checkpointing.cpu_checkpointing": (False, _RECOMPUTED),
@@ -43,6 +45,26 @@ _ONE_WAY: Mapping[str, tuple[Any, str]] = {
     "fp16.fp16_master_weights_and_grads": (False, "masters are fp32 here; leave it out"),
     "zero_allow_untested_optimizer": (True, "the loop hands in a torch optimizer; leave it out"),
     "zero_force_ds_cpu_optimizer": (False, "the loop hands in a torch optimizer; leave it out"),
+    "managed_gradient_accumulation": (True, "the loop says where accumulation ends; leave it out"),
+    "data_efficiency.enabled": (False, _OUR_DATA),
+    "data_efficiency.data_sampling.enabled": (False, _OUR_DATA),
+    "data_efficiency.data_routing.enabled": (False, "the loop never drops tokens; leave it out"),
+    "hybrid_engine.enabled": (False, "it is DeepSpeed's for generation; leave it out"),
+    "autotuning.enabled": (
+        False,
+        "DeepSpeed's own launcher tunes, not a training; leave it out, and see bigtrain plan "
+        "--compare",
+    ),
+    "compile.deepcompile": (False, "the loop never calls engine.compile; leave it out"),
+    "torch_autocast.enabled": (
+        False,
+        "training.bf16 and fp16 say what computes in which precision; leave it out",
+    ),
+    "data_types.param_dtype": (None, "training.bf16 and fp16 say that; leave it out"),
+    "datastates_ckpt": (None, "checkpoints are written by bigtrain; leave it out"),
+    "weight_quantization": (None, "it is for inference; leave it out"),
+    f"{_ZERO}.zenflow": (None, _OUR_STATE),
+    f"{_ZERO}.offload_optimizer.super_offload": (False, _OUR_STATE),
 }
 """Key → the only value that it can have here, and why."""
 _OLDER_NAMES: Mapping[str, str] = {
@@ -51,10 +73,18 @@ _OLDER_NAMES: Mapping[str, str] = {
     f"{_ZERO}.cpu_offload_param": 'offload_param: {"device": "cpu"}',
     f"{_ZERO}.cpu_offload_use_pin_memory": "offload_optimizer.pin_memory",
 }
-_PARALLEL = (
-    *("tensor_parallel", "pipeline", "expert_parallel", "sequence_parallel_size"),
-    *("hybrid_engine", "autotuning"),
-)
+_PARALLEL = ("tensor_parallel", "pipeline", "expert_parallel", "sequence_parallel_size")
+WITHOUT_EFFECT: Mapping[str, str] = {
+    "checkpoint": "checkpoints are written by bigtrain",
+    "dataloader_drop_last": "training.dataloader_drop_last says it",
+    "data_efficiency": "it is not enabled",
+    "hybrid_engine": "it is not enabled",
+    "autotuning": "it is not enabled",
+    "optimizer": "the loop makes it, by the same values",
+    "scheduler": "the loop makes it",
+    f"{_ZERO}.stage3_gather_16bit_weights_on_model_save": "export goes tensor by tensor",
+}
+"""Key → why nothing comes of it in a run file."""
 
 
 def options(given: Mapping[str, Any]) -> list[GivenOption]:
@@ -95,7 +125,27 @@ def faults(given: Mapping[str, Any], options: EngineOptions) -> Iterator[str]:
     for key in _PARALLEL:
         if given.get(key) not in (None, {}, 1):
             yield f"{key}: only data parallelism is supported; leave it out"
+    yield from _partial_offload_faults(given)
     yield from _precision_faults(given, options)
+
+
+def _partial_offload_faults(given: Mapping[str, Any]) -> Iterator[str]:
+    """As DeepSpeed's `offload_ratio_check` has it, which it makes when the job runs."""
+    section = f"{_ZERO}.offload_optimizer"
+    ratio, stage = leaf(given, f"{section}.ratio"), leaf(given, f"{_ZERO}.stage")
+    is_offloaded = leaf(given, f"{section}.device") not in (None, "none")
+    if is_offloaded and ratio not in (None, "auto") and ratio < 1 and stage != 3:
+        yield (
+            f"{section}.ratio is {ratio} there, but only stage 3 can offload a part, and the stage "
+            f"is {stage or 0}; make it 1.0, or the stage 3"
+        )
+
+
+def without_effect(given: Mapping[str, Any]) -> Iterator[str]:
+    """Each key from which nothing comes here, with the reason."""
+    for key, why in WITHOUT_EFFECT.items():
+        if leaf(given, key) is not None:
+            yield f"{key} ({why})"
 
 
 def _precision_faults(given: Mapping[str, Any], options: EngineOptions) -> Iterator[str]:

@@ -140,7 +140,7 @@ def translate(
         master_dtype=options.master_dtype or "fp32",
         reduce_dtype=options.reduce_dtype or "fp32",
     )
-    return Translation(engine=config, fates=_fates(config, schema))
+    return Translation(engine=config, fates=_fates(config, schema, values))
 
 
 def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[tuple[str, str]]:
@@ -211,12 +211,15 @@ def _with_origins(
     )
 
 
-def _fates(config: EngineConfig, schema: Schema) -> tuple[ArgumentFate, ...]:
+def _fates(
+    config: EngineConfig, schema: Schema, said: Mapping[str, Any]
+) -> tuple[ArgumentFate, ...]:
     mapped = _mapped(config.settings)
+    unread = {name: "; ".join(keys) for name, keys in foreign.without_effect(said).items() if keys}
     return tuple(
         ArgumentFate(argument=name, fate="mapped", detail=mapped[name])
         if name in mapped
-        else _ruled(name)
+        else _ruled(name, unread=unread.get(name))
         for name in schema
     )
 
@@ -229,7 +232,8 @@ def _mapped(settings: EngineSettings) -> Mapping[str, str]:
     return {}
 
 
-def _ruled(name: str) -> ArgumentFate:
+def _ruled(name: str, *, unread: str | None) -> ArgumentFate:
+    """`unread`: the keys inside of it from which nothing comes."""
     rule = FATES.get(name)
     if rule is None or rule.fate == "refused":
         # What differs from its default was refused before this; so nothing was asked for.
@@ -237,4 +241,5 @@ def _ruled(name: str) -> ArgumentFate:
         return ArgumentFate(
             argument=name, fate="no_effect", detail=f"at its default; else refused: {why}"
         )
-    return ArgumentFate(argument=name, fate=rule.fate, detail=rule.detail)
+    detail = f"{rule.detail}; without effect in it: {unread}" if unread else rule.detail
+    return ArgumentFate(argument=name, fate=rule.fate, detail=detail)

@@ -405,6 +405,70 @@ def test_a_deepspeed_json_s_options_and_global_batch_are_the_plan_s(folder: Path
     )
 
 
+def test_of_global_batch_micro_batch_and_accumulation_the_one_that_is_unsaid_follows(
+    folder: Path,
+) -> None:
+    without_micro_batch = RUN[: RUN.index("training:")]
+    (folder / "quick.yaml").write_text(without_micro_batch)
+    given = {
+        "zero_optimization": {"stage": 2},
+        "train_batch_size": 24,
+        "gradient_accumulation_steps": 3,
+    }
+    (folder / "ds.json").write_text(json.dumps(given))
+    said = ("cluster.procs_per_node=2", f"training.deepspeed={folder}/ds.json")
+
+    plan = _make(folder, *said)
+
+    assert plan.training["per_device_train_batch_size"] == 4
+    assert plan.origins["training.per_device_train_batch_size"] == "derived"
+    fate = next(f for f in plan.fates if f.argument == "per_device_train_batch_size")
+    assert (fate.fate, fate.detail) == ("derived", "global_batch_size 24 ÷ (3 × 2 processes)")
+    assert _fault(folder, *said, "cluster.procs_per_node=3") == (
+        f"{folder}/ds.json: train_batch_size: global_batch_size: 24 is not divisible by 3 "
+        "(training.gradient_accumulation_steps) × 3 (processes) = 9; use 18 or 27"
+    )
+
+
+def test_mistakes_of_every_kind_are_told_in_one_report(folder: Path) -> None:
+    """Types in the run file and in the JSON, two global batches, a missing file, and what the
+    engine can't have; nothing that only follows from one of them."""
+    given = {
+        "zero_optimization": {"stage": 3, "overlap_com": True, "reduce_bucket_size": "5e8"},
+        "train_batch_size": 24,
+        "gradient_clipping": 0.3,
+        "wall_clock_breakdown": 1,
+    }
+    (folder / "ds.json").write_text(json.dumps(given))
+    (folder / "quick.yaml").write_text(
+        RUN.replace("{name: builtin:python-docs,", "{train_files: nowhere.txt, packing: 2,")
+        + "  learning_rate: fast\n"
+        "  max_grad_norm: 1.0\n"
+        "  fp16: true\n"
+        f"  deepspeed: {folder}/ds.json\n"
+        "global_batch_size: 7\n"
+    )
+
+    assert _fault(folder, "cluster.procs_per_node=2").splitlines() == [
+        "quick.yaml:4: data.packing: 2 is not true or false",
+        f"quick.yaml:4: data.train_files: {folder}/nowhere.txt names no file; {folder} holds 2 "
+        "other entries",
+        "quick.yaml:7: training.learning_rate: 'fast' is not a number",
+        "quick.yaml:9: training.fp16: DeepSpeed has no fp16 on a CPU; use bf16: true, or engine "
+        "ddp or fsdp, or a GPU",
+        "quick.yaml:10: training.deepspeed: zero_optimization.reduce_bucket_size is '5e8' there, "
+        "not a whole number",
+        "quick.yaml:10: training.deepspeed: wall_clock_breakdown is 1 there, not true or false",
+        "quick.yaml:10: training.deepspeed: zero_optimization.overlap_com is no key of "
+        "DeepSpeed's; did you mean 'overlap_comm'?",
+        "quick.yaml:10: training.deepspeed: gradient_clipping is 0.3 there, but "
+        "training.max_grad_norm is 1.0 (quick.yaml:8); neither wins: make them equal, leave one "
+        'out, or say "auto" there',
+        "quick.yaml:11: global_batch_size: 7, but quick.yaml:10: train_batch_size is 24; neither "
+        "wins: make them equal, or leave one out",
+    ]
+
+
 def test_hybrid_sharding_cuts_within_each_node(folder: Path) -> None:
     said = ("cluster.nodes=2", "cluster.procs_per_node=4", "training.fsdp=hybrid_shard")
 

@@ -379,6 +379,94 @@ def test_a_global_batch_in_a_deepspeed_file_must_be_the_run_s() -> None:
     ]
 
 
+def test_what_the_loop_does_not_run_is_refused_by_name() -> None:
+    given = {
+        "zero_optimization": {
+            "stage": 2,
+            "offload_optimizer": {"device": "cpu", "ratio": 0.5, "super_offload": True},
+            "mics_shard_size": 2,
+        },
+        "compression_training": {"weight_quantization": {}},
+        "data_efficiency": {
+            "enabled": True,
+            "data_sampling": {"enabled": True, "num_epoch": 2},
+            "data_routing": {"random_ltd": {}, "random_tld": {}},
+        },
+        "autotuning": {"enabled": True, "fsat": True},
+        "hybrid_engine": {"enabled": True, "max_out_token": 512},
+        "compile": {"deepcompile": True},
+        "torch_autocast": {"enabled": True},
+        "data_sampling": {},
+    }
+
+    told = [
+        fault.removeprefix("training.deepspeed: ")
+        for fault in _faults({"deepspeed": given, "bf16": True}, "zero2", device="cuda")
+    ]
+
+    tuned = "DeepSpeed's own launcher tunes, not a training"
+    assert told == [
+        "zero_optimization.mics_shard_size: DeepSpeed has this no more, and refuses it; leave it "
+        "out",
+        "compression_training: DeepSpeed has this no more, and refuses it; leave it out",
+        "data_efficiency.data_sampling.num_epoch is no key of DeepSpeed's; did you mean "
+        "'num_epochs'?",
+        "data_efficiency.data_routing.random_tld is no key of DeepSpeed's; did you mean "
+        "'random_ltd'?",
+        "autotuning.fsat is no key of DeepSpeed's; did you mean 'fast'?",
+        "hybrid_engine.max_out_token is no key of DeepSpeed's; did you mean 'max_out_tokens'?",
+        "data_sampling is no key of DeepSpeed's",
+        "data_efficiency.enabled is true there, but the loop loads the data itself; leave it out",
+        "data_efficiency.data_sampling.enabled is true there, but the loop loads the data itself; "
+        "leave it out",
+        "hybrid_engine.enabled is true there, but it is DeepSpeed's for generation; leave it out",
+        f"autotuning.enabled is true there, but {tuned}; leave it out, and see bigtrain plan "
+        "--compare",
+        "compile.deepcompile is true there, but the loop never calls engine.compile; leave it out",
+        "torch_autocast.enabled is true there, but training.bf16 and fp16 say what computes in "
+        "which precision; leave it out",
+        "zero_optimization.offload_optimizer.super_offload is true there, but checkpoints here do "
+        "not know it; leave it out",
+        "zero_optimization.offload_optimizer.ratio is 0.5 there, but only stage 3 can offload a "
+        "part, and the stage is 2; make it 1.0, or the stage 3",
+    ]
+
+
+def test_what_is_there_but_off_is_named_as_without_effect() -> None:
+    given = {
+        "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
+        "hybrid_engine": {"enabled": False},
+        "checkpoint": {"tag_validation": "Warn"},
+    }
+
+    fates = translate(
+        {"deepspeed": given}, engine="zero3", topology=topology_for("zero3"), device="cpu"
+    ).fates
+
+    fate = next(fate for fate in fates if fate.argument == "deepspeed")
+    assert (fate.fate, fate.detail) == (
+        "derived",
+        "which engine runs, and its options; without effect in it: checkpoint (checkpoints are "
+        "written by bigtrain); hybrid_engine (it is not enabled); "
+        "zero_optimization.stage3_gather_16bit_weights_on_model_save (export goes tensor by "
+        "tensor)",
+    )
+
+
+def test_a_number_beyond_what_deepspeed_takes_is_refused() -> None:
+    section = {"stage": 3, "reduce_bucket_size": 0, "offload_optimizer": {"ratio": 1.5}}
+
+    with pytest.raises(ConfigError) as raised:
+        asked_engine({"deepspeed": {"zero_optimization": section}})
+
+    assert list(raised.value.faults) == [
+        "training.deepspeed: zero_optimization.reduce_bucket_size is 0 there; it must be more than "
+        "0",
+        "training.deepspeed: zero_optimization.offload_optimizer.ratio is 1.5 there; it must be at "
+        "most 1.0",
+    ]
+
+
 def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
     from accelerate.utils import DataLoaderConfiguration
 
