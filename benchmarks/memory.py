@@ -3,6 +3,7 @@
     python benchmarks/memory.py                 # the table, on the CPU or the GPUs that are there
     python benchmarks/memory.py --write docs/memory.md
     python benchmarks/memory.py --only zero3 --json
+    python benchmarks/memory.py --record FILE   # in pieces: what FILE holds is not measured again
 
 Each case is a world of its own: ranks are forked, a model is trained for a few steps, and the peak
 of live allocated bytes over the last ones is taken: on a CPU from the profiler's memory events
@@ -16,12 +17,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import pickle
 import resource
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,12 +197,22 @@ def main() -> None:
     parser.add_argument("--no-trace", action="store_true", help="the formula alone")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", metavar="FILE", help="put the table into this document")
+    parser.add_argument("--record", metavar="FILE", type=Path, help="what is measured already")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new case after these")
     options = parser.parse_args()
+    recorded = _recorded(options.record)
+    end = time.monotonic() + options.seconds
     outcomes = []
     for case in CASES:
-        if options.only in str(case):
-            outcomes.append(run_case(case, with_trace=not options.no_trace))
-            print(_row(outcomes[-1]), file=sys.stderr, flush=True)
+        if options.only not in str(case):
+            continue
+        if case not in recorded and time.monotonic() > end:
+            sys.exit(f"{len(recorded)} of {len(CASES)} cases are measured; run it again")
+        if case not in recorded:
+            recorded[case] = run_case(case, with_trace=not options.no_trace)
+            _record(options.record, recorded[case])
+            print(_row(recorded[case]), file=sys.stderr, flush=True)
+        outcomes.append(recorded[case])
     if options.json:
         print(json.dumps([_plain(outcome) for outcome in outcomes], indent=2))
     else:
@@ -470,6 +483,19 @@ def _table(outcomes: list[Outcome]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
         *(_row(outcome) for outcome in outcomes),
     ]
+
+
+def _recorded(path: Path | None) -> dict[Case, Outcome]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path and path.is_file() else []
+    found = (json.loads(line) for line in lines)
+    outcomes = [Outcome(**{**plain, "case": Case(**plain["case"])}) for plain in found]
+    return {outcome.case: outcome for outcome in outcomes}
+
+
+def _record(path: Path | None, outcome: Outcome) -> None:
+    if path is not None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(outcome)) + "\n")
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

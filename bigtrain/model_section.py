@@ -7,7 +7,6 @@ its skeleton, so that no other rank ever holds it whole.
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +24,10 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from bigtrain.arguments.model_fields import ALSO_TAKEN
+from bigtrain.arguments.model_fields import config_faults
 from bigtrain.data.byte_tokenizer import make_byte_tokenizer
 from bigtrain.errors import ConfigError
+from bigtrain.run_inputs import directory_faults
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -122,7 +122,7 @@ def load_tokenizer(
             "tokenizer.name, or tokenizer.kind: bytes"
         )
     place = _place(name, root)
-    _check_directory(key, place, "tokenizer_config.json")
+    _require_directory(key, place, "tokenizer_config.json", root)
     # What was said of the model's repository is not said of another one.
     is_models = name == model.get("name")
     try:
@@ -146,7 +146,7 @@ def model_factory(
     """How to make the model of a plan's `model` section. Reads a config, and no weights."""
     name = section.get("name")
     place = _place(name, root) if name else None
-    config = _read_config(section, place) if place else _new_config(section, tokenizer)
+    config = _read_config(section, place, root) if place else _new_config(section, tokenizer)
     _check_fit(config, tokenizer, sequence_length)
     return ModelFactory(
         config=config,
@@ -168,19 +168,15 @@ def _place(name: str, root: Path) -> str:
     return name
 
 
-def _check_directory(key: str, place: str, needed: str) -> None:
-    path = Path(place)
-    if not path.is_absolute():
-        return
-    if not path.is_dir():
-        raise ConfigError(f"{key}: {path} is not a directory; give a model's directory or a hub id")
-    if not (path / needed).is_file():
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        raise ConfigError(f"{key}: {path} has no {needed}; it holds {names}")
+def _require_directory(key: str, place: str, needed: str, root: Path) -> None:
+    """A plan may have been made elsewhere, or a while ago."""
+    faults = [f"{at}: {why}" for at, why in directory_faults(key, place, (needed,), root)]
+    if faults:
+        raise ConfigError(faults)
 
 
-def _read_config(section: Mapping[str, Any], place: str) -> PretrainedConfig:
-    _check_directory("model.name", place, "config.json")
+def _read_config(section: Mapping[str, Any], place: str, root: Path) -> PretrainedConfig:
+    _require_directory("model.name", place, "config.json", root)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             place,
@@ -195,20 +191,11 @@ def _read_config(section: Mapping[str, Any], place: str) -> PretrainedConfig:
 def _new_config(section: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
     """A config from `model.config`, with what it leaves open taken from the tokenizer."""
     fields = dict(section.get("config") or {})
-    model_type = fields.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise ConfigError(
-            _unknown("model.config.model_type", str(model_type), list(CONFIG_MAPPING))
-        )
-    kind = CONFIG_MAPPING[model_type]
-    known = set(kind.__dataclass_fields__) | set(kind.attribute_map) | ALSO_TAKEN
-    faults = [
-        _unknown(f"model.config.{field}", None, sorted(known))
-        for field in fields
-        if field not in known
-    ]
+    faults = [f"model.config.{key}: {why}" for key, why in config_faults(fields)]
     if faults:
         raise ConfigError(faults)
+    kind = CONFIG_MAPPING[fields.pop("model_type")]
+    known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
     defaults = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -254,13 +241,6 @@ def _dtype(section: Mapping[str, Any], config: PretrainedConfig) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise ConfigError(f"model.dtype is {said!r}; use {', '.join(_DTYPES)}")
     return dtype
-
-
-def _unknown(key: str, value: str | None, known: list[str]) -> str:
-    name = value if value is not None else key.rpartition(".")[2]
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key} {'is unknown' if value is None else f'{value!r} is unknown'}{hint}"
 
 
 def _unreachable(key: str, place: str, error: Exception) -> str:

@@ -257,7 +257,7 @@ def _section(layers: Layers, name: str, kind: type[_S]) -> _S | None:
     Of the data's, no engine and no memory depends on a key that is wrong: it is left out.
     """
     value = _mapping(layers, name)
-    if value is None or (not value and name not in ("engine", "cluster")):
+    if value is None or (name == "tokenizer" and layers.values.get(name) is None):
         return None
     try:
         return kind.model_validate(dict(value))

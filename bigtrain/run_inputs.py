@@ -32,17 +32,17 @@ def faults(
     """
     if model is not None and model.name is not None:
         needed = ("config.json",) if tokenizer else ("config.json", "tokenizer_config.json")
-        yield from _directory_faults("model.name", model.name, needed, root)
+        yield from directory_faults("model.name", model.name, needed, root)
         if data is not None and (why := _too_long(model.name, data.sequence_length, root)):
             yield "data.sequence_length", why
     if tokenizer is not None and tokenizer.name is not None:
         needed = ("tokenizer_config.json",)
-        yield from _directory_faults("tokenizer.name", tokenizer.name, needed, root)
+        yield from directory_faults("tokenizer.name", tokenizer.name, needed, root)
     if data is not None:
         yield from _data_faults(data, root)
 
 
-def _directory_faults(
+def directory_faults(
     key: str, name: str, needed: tuple[str, ...], root: Path
 ) -> Iterator[tuple[str, str]]:
     """A name that can only be a path, or that is one here, has to hold what is loaded from it."""

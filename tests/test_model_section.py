@@ -88,17 +88,17 @@ def test_the_models_own_tokenizer_is_taken_where_none_is_named(
     [
         (
             {"config": {**TINY, "model_type": "lama"}},
-            "model.config.model_type 'lama' is unknown; did you mean llama?",
+            "model.config.model_type: 'lama' is unknown; did you mean 'llama'?",
         ),
         (
             {"config": {**TINY, "hiden_size": 3}},
-            "model.config.hiden_size is unknown; did you mean hidden_size?",
+            "model.config.hiden_size: unknown key; did you mean 'hidden_size'?",
         ),
         (
             {"config": {**TINY, "hidden_size": 30}},
-            "not a multiple of the number of attention heads",
+            "model.config.num_attention_heads: 4 heads do not divide the hidden size 30",
         ),
-        ({"config": {**TINY, "hidden_size": "wide"}}, "'hidden_size'"),
+        ({"config": {**TINY, "hidden_size": "wide"}}, "model.config.hidden_size: 'wide' is not"),
         (
             {"config": {**TINY, "vocab_size": 100}},
             "vocab_size is 100, but its tokenizer has 257 tokens",

@@ -201,6 +201,19 @@ def test_all_faults_of_a_file_are_told_at_once_with_their_lines(load: Load) -> N
             ],
         ),
         (
+            "model: {}\ndata: {}\ntokenizer: {}\n",
+            [
+                "quick.yaml:1: model: give either name (a hub id or a path) or config (from "
+                "scratch)",
+                "quick.yaml:2: data: give either name (a hub id or builtin:…) or train_files",
+                "quick.yaml:3: tokenizer: give either name (a hub id or a path) or kind: bytes",
+            ],
+        ),
+        (
+            "model: org/model\ndata: {train_files: a.txt, format: xml}\n",
+            ["quick.yaml:2: data.format: 'xml' is not one of text, json, parquet, csv"],
+        ),
+        (
             "model: org/model\ndata: {train_files: a.txt, eval_split: 2}\n",
             [
                 "quick.yaml:2: data.eval_split: 2 is neither a share between 0 and 1 nor a "

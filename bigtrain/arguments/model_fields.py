@@ -51,7 +51,9 @@ class ConfigClass:
     """Whether it demands that the heads divide the hidden size, whatever `head_dim` says."""
 
 
-def config_faults(config: Mapping[str, Any], *, sequence_length: int) -> Iterator[tuple[str, str]]:
+def config_faults(
+    config: Mapping[str, Any], *, sequence_length: int = 0
+) -> Iterator[tuple[str, str]]:
     """(key of `model.config`, what is wrong and the fix); nothing for a class that isn't known."""
     model_type = str(config.get("model_type"))
     known = _class_names()
