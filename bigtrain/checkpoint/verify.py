@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from bigtrain.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _STATE_SUFFIXES = (".distcp", ".safetensors", ".pt", ".pth", ".metadata")
-_STATE_NAMES = ("trainer_state.json", "model.safetensors.index.json")
+_TRAINER_STATE = "trainer_state.json"
+_STATE_NAMES = (_TRAINER_STATE, "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class Fault:
     message: str
     is_state: bool
     """Whether training goes on from it. Others (config, tokenizer) a user may have edited."""
+    is_edit: bool = False
+    """Whether it still says what it is for: the trainer's state, which people edit, as a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +52,8 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = F
 
     Checks the manifest, that all files are there in their size, the hashes of those of one block,
     and that the tensors are tiled without gap or overlap; with `deep`, all hashes. (Otherwise the
-    larger files' are checked when they are read.) `lenient` only warns of edited files from which
-    training does not go on.
+    larger files' are checked when they are read.) An edited `trainer_state.json` counts, with a
+    warning; `lenient` also only warns of edited files from which training does not go on.
     """
     manifest = read_manifest(checkpoint)
     parts = tuple(read_parts(checkpoint, manifest=manifest))
@@ -57,9 +61,9 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = F
     here = [part for part in parts if part.rank in own]
     faults = list(find_faults(checkpoint, here, deep=deep))
     for fault in faults:
-        if lenient and not fault.is_state:
+        if fault.is_edit or (lenient and not fault.is_state):
             logger.warning("%s; resuming all the same", fault.message)
-    grave = [fault.message for fault in faults if fault.is_state or not lenient]
+    grave = [f.message for f in faults if not f.is_edit and (f.is_state or not lenient)]
     if grave:
         raise CheckpointError("\n".join(grave))
     index = read_committed(checkpoint, manifest=manifest, parts=seen_from(manifest, parts))
@@ -80,9 +84,14 @@ def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Itera
     """The files that are missing, of another size, or (where hashed) of other content."""
     for part in parts:
         for name, digest in part.files.items():
-            message = _fault_of(checkpoint / name, digest, hashed=deep)
-            if message is not None:
-                yield Fault(path=checkpoint / name, message=message, is_state=_is_state(name))
+            path = checkpoint / name
+            message = _fault_of(path, digest, hashed=deep)
+            if message is None:
+                continue
+            is_edit = name == _TRAINER_STATE and _is_json_object(path)
+            if is_edit:
+                message = f"{path}: was edited after it was saved, and what it says now counts"
+            yield Fault(path=path, message=message, is_state=_is_state(name), is_edit=is_edit)
 
 
 def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
@@ -106,3 +115,10 @@ def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
 
 def _is_state(name: str) -> bool:
     return name.endswith(_STATE_SUFFIXES) or name in _STATE_NAMES
+
+
+def _is_json_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_bytes()), dict)
+    except (OSError, ValueError, RecursionError):
+        return False

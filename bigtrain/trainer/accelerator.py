@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import accelerate
 import torch
 from accelerate.state import GradientState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate.utils import GradientAccumulationPlugin
 from accelerate.utils.operations import recursively_apply
 from accelerate.utils.other import is_compiled_module
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,12 +27,37 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
-from bigtrain.trainer import collectives, sharding
+from bigtrain.trainer import collectives, plugins, sharding
+from bigtrain.trainer.processes import Processes
+from bigtrain.translate.config import EngineSettings
 
 _WRAPPERS = (DistributedDataParallel, DataParallel)
 
 
-class Accelerator:
+# What accelerate has and the trainer does in another way, with that way.
+_INSTEAD = {
+    "save_state": "the trainer saves: save_strategy, or trainer.save_model",
+    "load_state": "trainer.train(resume_from_checkpoint=…) loads",
+    "save_model": "trainer.save_model writes the whole model on every engine",
+    "register_for_checkpointing": "a callback with a state (ExportableState) is saved with the "
+    "checkpoint",
+    "register_save_state_pre_hook": "override trainer._save_checkpoint",
+    "register_load_state_pre_hook": "override trainer._load_from_checkpoint",
+    "init_trackers": "report_to says where logs go",
+    "get_tracker": "report_to says where logs go",
+    "log": "trainer.log(values) logs to all that report_to names",
+    "prepare_optimizer": "the engine prepares what the trainer trains; give it as optimizers=",
+    "join_uneven_inputs": "every rank gets equally many batches",
+    "profile": "use torch.profiler in a callback",
+    "lomo_backward": "accelerator.backward(loss, learning_rate=…)",
+}
+
+
+class NotInStandInError(UnsupportedError, AttributeError):
+    """A name of accelerate's Accelerator that this one lacks; for `hasattr` it is not there."""
+
+
+class Accelerator(Processes):
     """The place of this process, and collectives, as accelerate names them."""
 
     def __init__(
@@ -41,8 +68,15 @@ class Accelerator:
         mixed_precision: str,
         config: AcceleratorConfig,
         data_seed: int | None,
+        settings: EngineSettings,
     ) -> None:
         self._config, self._data_seed = config, data_seed
+        self.trained: nn.Module | None = None
+        """The trainer's own model, which the engine prepares."""
+        self.optimizer_step_was_skipped = False
+        """Whether the last step's gradients overflowed, so that nothing was updated."""
+        self.fsdp_plugin = plugins.fsdp(settings)
+        self.deepspeed_plugin = plugins.deepspeed(settings)
         self.engine = engine
         self.ranks = ranks
         self.mixed_precision = mixed_precision
@@ -90,7 +124,10 @@ class Accelerator:
     def prepare_model(
         self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
     ) -> nn.Module:
-        """A model beside the trained one, on the device and whole."""
+        """A model beside the trained one, on the device and whole; the trained one as the engine
+        evaluates it."""
+        if evaluation_mode and model is self.trained:
+            return self.engine.prepare(model, None)
         if not evaluation_mode:
             raise UnsupportedError(
                 "accelerator.prepare_model: the engine prepares the model that is trained; say "
@@ -98,50 +135,41 @@ class Accelerator:
             )
         return model if device_placement is False else model.to(self.device)
 
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """The scheduler as it is: the loop steps it."""
+        return scheduler
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """A loader that starts at its batch `num_batches`."""
+        return sharding.skip_batches(dataloader, num_batches) if num_batches else dataloader
+
     @property
     def state(self) -> Accelerator:
         """What scripts ask `accelerator.state` for is answered here too."""
         return self
 
     @property
-    def is_last_process(self) -> bool:
-        return self.ranks.rank == self.ranks.world_size - 1
+    def is_fsdp2(self) -> bool:
+        return self.fsdp_plugin is not None
 
     @property
-    def device(self) -> torch.device:
-        return self.engine.device
+    def gradient_accumulation_steps(self) -> int:
+        """One: the loop accumulates, in windows of `args.gradient_accumulation_steps`."""
+        return int(self.gradient_state.num_steps)
 
-    @property
-    def num_processes(self) -> int:
-        return self.ranks.world_size
+    def accumulate(self, *models: nn.Module) -> AbstractContextManager[None]:
+        """Nothing more: the loop has decided which micro-batch ends a window."""
+        return nullcontext()
 
-    @property
-    def process_index(self) -> int:
-        return self.ranks.rank
+    def maybe_context_parallel(self, *_: Any, **__: Any) -> AbstractContextManager[None]:
+        """Nothing: no sequence is shared out here."""
+        return nullcontext()
 
-    @property
-    def local_process_index(self) -> int:
-        return self.ranks.local_rank
-
-    @property
-    def is_main_process(self) -> bool:
-        return self.ranks.is_main
-
-    @property
-    def is_local_main_process(self) -> bool:
-        return self.ranks.is_local_main
-
-    @property
-    def use_distributed(self) -> bool:
-        return self.ranks.world_size > 1
-
-    @property
-    def distributed_type(self) -> DistributedType:
-        """As of a plain data-parallel run: what differs between engines is theirs alone."""
-        if not self.use_distributed:
-            return DistributedType.NO
-        on_cpu = self.device.type == "cpu"
-        return DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
+    def __getattr__(self, name: str) -> Any:
+        if name in _INSTEAD or (not name.startswith("_") and hasattr(accelerate.Accelerator, name)):
+            instead = _INSTEAD.get(name, "bigtrain trains on its engines, without accelerate")
+            raise NotInStandInError(f"trainer.accelerator has no {name}: {instead}")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def sync_gradients(self) -> bool:
@@ -201,17 +229,32 @@ class Accelerator:
         reduced = gathered.sum(dim=0) if reduction == "sum" else gathered.mean(dim=0)
         return reduced * scale
 
-    def wait_for_everyone(self) -> None:
-        collectives.barrier()
-
-    def print(self, *values: Any, **kwargs: Any) -> None:
-        if self.is_local_main_process:
-            print(*values, **kwargs)  # noqa: T201 (it is accelerate's print)
-
     def clip_grad_norm_(
         self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0
     ) -> Tensor:
         return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+
+    def clip_grad_value_(self, parameters: Iterable[nn.Parameter], clip_value: float) -> None:
+        """Before the engine's step; under fp16 the gradients are still scaled: UnsupportedError."""
+        self.unscale_gradients()
+        nn.utils.clip_grad_value_(parameters, clip_value)
+
+    def unscale_gradients(self, optimizer: Optimizer | None = None) -> None:
+        """Nothing without fp16; with it UnsupportedError, for the engine does it in its step."""
+        if self.mixed_precision == "fp16":
+            raise UnsupportedError(
+                "accelerator.unscale_gradients: the engine unscales fp16 gradients in its step; "
+                "set max_grad_norm, or use bf16"
+            )
+
+    def save(self, obj: Any, f: Any, safe_serialization: bool = False) -> None:
+        """Write an object from the main process: as safetensors, or as torch does."""
+        if not self.is_main_process:
+            return
+        if safe_serialization:
+            save_file(obj, f, metadata={"format": "pt"})
+        else:
+            torch.save(obj, f)
 
     def get_state_dict(self, model: nn.Module | None = None, unwrap: bool = True) -> dict[str, Any]:
         """All weights on the CPU; empty on other ranks than 0. All ranks call it."""

@@ -120,8 +120,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
     def __post_init__(self) -> None:
         if self.eval_strategy == "epochs":
             self.eval_strategy = "epoch"
-        self._follow_output_dir()
-        self._check_own_fields()
+        self.settle()
         # transformers would make accelerate's DeepSpeed plugin of it and from then on build every
         # model under `zero.Init`; here the engine shards the model.
         deepspeed, self.deepspeed = self.deepspeed, None
@@ -131,6 +130,11 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         self.deepspeed = deepspeed
         if self.logging_dir is not None:
             self.logging_dir = str(Path(self.logging_dir).expanduser())
+
+    def settle(self) -> None:
+        """What this class adds to transformers' own: the plan's word, and checks of its fields."""
+        self._follow_output_dir()
+        self._check_own_fields()
 
     def _follow_output_dir(self) -> None:
         """`bigtrain launch script.py --output-dir DIR` wins over what the script says."""

@@ -296,8 +296,9 @@ class Batches(TrainerCore):
         if self.args.average_tokens_across_devices:
             items = self._stop.exchange(items.to(device))
             self._has_exchanged = True
-        # A float, as transformers divides by its (here absent) other parallel dimensions.
-        return None if items is None else items.to(device) / 1
+        # A float, as in transformers, where it is divided by the other parallel dimensions.
+        together = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        return None if items is None else items.to(device) / together
 
     def _count_items(self, batches: list[Any]) -> Tensor | None:
         """Labels that count for the loss; None where there are none to count."""
@@ -319,7 +320,9 @@ class Batches(TrainerCore):
 
     def get_total_train_batch_size(self, args: Any) -> int:
         """Samples in one optimizer step over all ranks."""
-        return int(self._train_batch_size * args.gradient_accumulation_steps * args.world_size)
+        together = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+        replicas = args.world_size // together
+        return int(self._train_batch_size * args.gradient_accumulation_steps * replicas)
 
     def set_initial_training_values(
         self, args: Any, dataloader: DataLoader[Any]

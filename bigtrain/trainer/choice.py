@@ -6,8 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import transformers
-
 from bigtrain.plan import RunPlan
 from bigtrain.topology import RankInfo, Topology
 from bigtrain.trainer.arguments import TrainingArguments
@@ -49,21 +47,6 @@ def argument_values(args: TrainingArguments) -> dict[str, Any]:
     """The arguments as a run file would hold them. Fields of a user's subclass are his own."""
     names = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     return {name: getattr(args, name) for name in sorted(names)}
-
-
-def adopt(
-    args: transformers.TrainingArguments, kind: type[TrainingArguments] = TrainingArguments
-) -> TrainingArguments:
-    """`args` as bigtrain's class `kind`, for a script that has kept transformers' import."""
-    if isinstance(args, kind):
-        return args
-    if type(args) is not getattr(transformers, kind.__name__):
-        raise TypeError(
-            f"args is a {type(args).__name__}, which does not extend bigtrain.{kind.__name__}; "
-            "change its base class"
-        )
-    fields = [field.name for field in dataclasses.fields(args) if field.init]
-    return kind(**{name: getattr(args, name) for name in fields})
 
 
 def _asked(values: Mapping[str, Any], ranks: RankInfo) -> EngineName:

@@ -31,18 +31,18 @@ from transformers.trainer_callback import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import TrainerMemoryTracker, number_of_arguments
+from transformers.utils.import_utils import is_in_notebook
 
 from bigtrain.engine import process_group
 from bigtrain.engine.factory import build_engine
 from bigtrain.engine.protocol import Engine
-from bigtrain.errors import UnsupportedError
 from bigtrain.plan import RunPlan
 from bigtrain.trainer import choice, environment, introspection
 from bigtrain.trainer.accelerator import Accelerator
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.reporter import Reporter
 from bigtrain.trainer.stopping import StopFlag
-from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, FsdpSettings
+from bigtrain.translate.config import EngineConfig
 
 logger = logging.getLogger(__name__)
 # What transformers' Trainer says too comes under its name: people look, and filter, there.
@@ -77,6 +77,8 @@ class TrainerCore:
     label_names: list[str]
     neftune_hook_handle: Any
     is_in_train: bool
+    is_model_parallel: bool
+    place_model_on_device: bool
     current_flos: float
     _memory_tracker: TrainerMemoryTracker
     _eval_dataloaders: dict[str, Any]
@@ -100,9 +102,6 @@ class TrainerCore:
         self._stop = StopFlag(device=self.engine.device, is_armed=self._plan is not None)
         self._has_exchanged = False  # whether this batch's all-reduce has carried the stop flag
         self._reporter = Reporter(args=self.args, device=self.engine.device)
-        self.is_deepspeed_enabled = isinstance(self._engine_config.settings, DeepSpeedSettings)
-        self.is_fsdp_enabled = isinstance(self._engine_config.settings, FsdpSettings)
-        self.is_model_parallel = False
 
     def _choose_engine(self, model: nn.Module | None) -> EngineConfig:
         return choice.engine_config(
@@ -122,11 +121,21 @@ class TrainerCore:
         self.args.gradient_accumulation_steps = steps
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Refused: the engine takes accelerate's place, and is chosen before the model is made."""
-        raise UnsupportedError(
-            "create_accelerator_and_postprocess: bigtrain trains on its engines, without "
-            "accelerate; choose one with `bigtrain launch --engine` or by args.fsdp, args.deepspeed"
+        """What answers scripts in accelerate's place, and the flags that go with it. Called when
+        there is an engine, which trains in its place; override to add to it."""
+        config: Any = self.args.accelerator_config
+        self.accelerator = Accelerator(
+            self.engine,
+            ranks=self.args.ranks,
+            mixed_precision=self.args.mixed_precision,
+            config=config,
+            data_seed=self.args.data_seed,
+            settings=self._engine_config.settings,
         )
+        self.accelerator.trained = getattr(self, "model", None)
+        self.is_deepspeed_enabled = self.accelerator.deepspeed_plugin is not None
+        self.is_fsdp_enabled = self.accelerator.fsdp_plugin is not None
+        self._reset_gather()
 
     def get_tp_size(self) -> int:
         """Ranks that share a layer: one, for data parallelism is the only kind here."""
@@ -150,21 +159,13 @@ class TrainerCore:
 
     def _use_engine(self, engine: Engine) -> None:
         self.engine = engine
-        config: Any = self.args.accelerator_config
-        self.accelerator = Accelerator(
-            engine,
-            ranks=self.args.ranks,
-            mixed_precision=self.args.mixed_precision,
-            config=config,
-            data_seed=self.args.data_seed,
-        )
-        self._reset_gather()
+        self.create_accelerator_and_postprocess()
         self._is_prepared = False
 
     def _prepare_to_evaluate(self) -> None:
         """Make the model the engine's without an optimizer, if nothing has prepared it yet."""
         if not self._is_prepared:
-            self.model_wrapped = self.engine.prepare(self.model, None)
+            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self._is_prepared = True
 
     def _reset_gather(self) -> None:
@@ -190,9 +191,12 @@ class TrainerCore:
     def _adopt_model(self, model: nn.Module) -> None:
         """Make `model` the trainer's: on its device where it stays whole, and looked through."""
         introspection.check_trainable(model)
-        if self._keeps_whole_model(model):
+        self.is_model_parallel = introspection.is_spread(model, self.args.device)
+        asked = self.args.place_model_on_device
+        self.place_model_on_device = self._keeps_whole_model(model) if asked is None else asked
+        if self.place_model_on_device and introspection.can_be_moved(model):
             self._move_model_to_device(model, self.args.device)
-        self.model = self.model_wrapped = model
+        self.model = self.model_wrapped = self.accelerator.trained = model
         self._original_dtypes = introspection.original_dtypes(model)
         facts = introspection.inspect_model(model)
         self.model_accepts_loss_kwargs = facts.accepts_loss_kwargs
@@ -200,20 +204,22 @@ class TrainerCore:
         self._watches_count = facts.accepts_loss_kwargs and not facts.declares_loss_kwargs
         self.can_return_loss = facts.can_return_loss
         self._loss_shifts_labels = facts.loss_shifts_labels
-        self.label_names = self.args.label_names or facts.label_names
-        if self.args.label_names is not None:
-            self.label_names = self.args.label_names
+        named = self.args.label_names
+        self.label_names = facts.label_names if named is None else named
         if getattr(model, "config", None) is not None:
             model.config.use_cache = self.args.use_cache  # type: ignore[union-attr]
         self._signature_columns: list[str] | None = None
         self._flos_per_token: int | None = None
 
     def _keeps_whole_model(self, model: nn.Module) -> bool:
-        return (
-            not self.engine.is_sharded
-            and getattr(model, "hf_device_map", None) is None
-            and getattr(model, "quantization_method", None) != "bitsandbytes"
-            and not any(parameter.is_meta for parameter in model.parameters())
+        """Whether it goes to the device now: not where the engine shards it, where it lies on
+        several devices, or where an evaluation casts and moves it at once."""
+        args = self.args
+        return not (
+            self.engine.is_sharded
+            or self.is_model_parallel
+            or args.fp16_full_eval
+            or args.bf16_full_eval
         )
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
@@ -240,7 +246,7 @@ class TrainerCore:
         )
         # With bigtrain's launcher, rank 0's events make one calm line; else as transformers does.
         if not environment.has_console():
-            self.add_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+            self.add_callback(PrinterCallback if args.disable_tqdm else _progress_callback())
 
     def _reporting_classes(self) -> list[type[TrainerCallback]]:
         classes: list[type[TrainerCallback]] = get_reporting_integration_callbacks(
@@ -340,3 +346,12 @@ class TrainerCore:
 
     def _as_device_tensor(self, value: float) -> Tensor:
         return torch.tensor(value, device=self.engine.device)
+
+
+def _progress_callback() -> type[TrainerCallback]:
+    """A bar on a terminal, a table in a notebook."""
+    if not is_in_notebook():
+        return ProgressCallback  # type: ignore[no-any-return]
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    return NotebookProgressCallback  # type: ignore[no-any-return]

@@ -61,6 +61,18 @@ def original_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     return {name: tensor.dtype for name, tensor in tensors.items()}
 
 
+def is_spread(model: nn.Module, device: torch.device) -> bool:
+    """Whether a `device_map` has put it on several devices, or on another one than `device`."""
+    placed = set((getattr(model, "hf_device_map", None) or {}).values()) - {"cpu", "disk"}
+    return len(placed) > 1 or any(torch.device(place) != device for place in placed)
+
+
+def can_be_moved(model: nn.Module) -> bool:
+    """Not one that bitsandbytes quantised, nor one without its weights."""
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    return getattr(model, "quantization_method", None) != "bitsandbytes" and not on_meta
+
+
 def hidden_size(model: nn.Module | None) -> int | None:
     """Width of the model, where its config tells."""
     config = getattr(model, "config", None)

@@ -8,7 +8,6 @@ items of a window, whether to stop) takes one small all-reduce a window.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import (
-    IntervalStrategy,
     SaveStrategy,
     TrainOutput,
     find_executable_batch_size,
@@ -111,7 +109,9 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         self._fire("on_train_begin")
         if self.args.eval_on_start:
             with self._reporter.pausing():
-                self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+                metrics = self._evaluate(trial, ignore_keys_for_eval, skip_scheduler=True)
+            if self.args.metric_for_best_model is not None:
+                self._watched_metric(metrics)  # one that does not exist is said before training
         after_step = self._cadence(trial, ignore_keys_for_eval, start_time)
         for epoch in self._epochs_to_do(schedule, checkpoint):
             self._train_epoch(epoch, loader, schedule, checkpoint, after_step)
@@ -216,6 +216,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
                     self._ends_within_window = True
                     return None, None
         result = self.engine.step(self._norm_limit(), before_update=self._before_update)
+        self.accelerator.optimizer_step_was_skipped = result.skipped
         self._fire("on_optimizer_step")
         learning_rate = self._get_learning_rate()
         if not result.skipped and not self._follows_metric():
@@ -240,24 +241,6 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
 
     def _before_update(self) -> None:
         self._fire("on_pre_optimizer_step")
-
-    def _norm_limit(self) -> float | None:
-        """What `engine.step` clips to. Without clipping the norm is still logged, so it is asked
-        for (with a limit that nothing reaches) at the steps that log."""
-        args, step = self.args, self.state.global_step + 1
-        if args.max_grad_norm is not None and args.max_grad_norm > 0:
-            return float(args.max_grad_norm)
-        if args.logging_strategy != IntervalStrategy.STEPS:
-            return math.inf  # whichever step is logged
-        logs = step % max(1, self.state.logging_steps) == 0 or self._logs_when_it_likes()
-        return math.inf if logs or (step == 1 and args.logging_first_step) else None
-
-    def _logs_when_it_likes(self) -> bool:
-        """Whether a callback of the user's may ask for a log at any step."""
-        return any(
-            not type(callback).__module__.startswith("transformers.")
-            for callback in self.callback_handler.callbacks
-        )
 
     # ---- Cadence: log, evaluate, save ----
 
@@ -316,6 +299,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
         self._samples_seen = 0
         self._position, self._saved_step = None, None
         self._global_batch_size = schedule.global_batch_size
+        self._is_sized = schedule.is_sized
         self._ends_within_window = False
 
     def _prepare_training(

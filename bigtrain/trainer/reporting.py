@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.trainer_pt_utils import log_metrics, metrics_format, save_metrics, save_state
-from transformers.trainer_utils import speed_metrics
+from transformers.trainer_utils import IntervalStrategy, speed_metrics
 
 from bigtrain.trainer import collectives
 from bigtrain.trainer.core import TrainerCore, their_logger
@@ -125,6 +125,26 @@ class Reporting(TrainerCore):
                 "all tokens."
             )
         return tokens.numel()
+
+    # ---- The gradient norm, which is a figure of the log ----
+
+    def _norm_limit(self) -> float | None:
+        """What `engine.step` clips to. Without clipping the norm is still logged, so it is asked
+        for (with a limit that nothing reaches) at the steps that log."""
+        args, step = self.args, self.state.global_step + 1
+        if args.max_grad_norm is not None and args.max_grad_norm > 0:
+            return float(args.max_grad_norm)
+        if args.logging_strategy != IntervalStrategy.STEPS:
+            return math.inf  # whichever step is logged
+        logs = step % max(1, self.state.logging_steps) == 0 or self._logs_when_it_likes()
+        return math.inf if logs or (step == 1 and args.logging_first_step) else None
+
+    def _logs_when_it_likes(self) -> bool:
+        """Whether a callback of the user's may ask for a log at any step."""
+        return any(
+            not type(callback).__module__.startswith("transformers.")
+            for callback in self.callback_handler.callbacks
+        )
 
 
 def _num_parameters(model: nn.Module) -> int:

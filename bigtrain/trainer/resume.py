@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import (
     _is_peft_model,
@@ -40,6 +39,7 @@ from bigtrain.trainer.candidates import (
     is_deepspeed,
     is_ours,
     is_transformers,
+    trainer_state,
 )
 from bigtrain.trainer.saving import (
     SAFETENSORS_FILE,
@@ -60,6 +60,8 @@ class Resume(Saving):
     """What the trainer reads back."""
 
     _position: Position | None = None
+    _is_sized = True  # the training data has a length
+    _restored: Path | None = None  # what the engine was filled from last
     _has_trained = False  # what is in the directory since then is this trainer's own
     _search: Search | None = None
     """How the checkpoint was found, and an older one can be; None where it was named."""
@@ -162,7 +164,7 @@ class Resume(Saving):
         """The trainer's own state, from the checkpoint where it has one."""
         if checkpoint is None or not (checkpoint / TRAINER_STATE_FILE).is_file():
             return
-        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+        self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
         best = self.state.best_model_checkpoint
         if best is not None and not Path(best).is_dir():
             logger.warning("the best checkpoint %s is gone; going on without it", best)
@@ -180,7 +182,7 @@ class Resume(Saving):
         path = checkpoint / TRAINER_STATE_FILE
         if not path.is_file():
             return
-        found = TrainerState.load_from_json(str(path)).train_batch_size
+        found = trainer_state(path).train_batch_size
         if found is not None:
             self._train_batch_size = found
 
@@ -227,6 +229,9 @@ class Resume(Saving):
                 self.lr_scheduler.load_state_dict(self._fitted(scheduler, loaded))
             if not resets and scaler:
                 self.engine.load_scaler_state(scaler)
+        self._restored = checkpoint
+        self._load_from_checkpoint(checkpoint)
+        self._restored = None
 
     def _fitted(self, scheduler: dict[str, Any], loaded: LoadedCheckpoint) -> dict[str, Any]:
         return schedule.fitted(
@@ -244,23 +249,22 @@ class Resume(Saving):
         return loaded
 
     def _take_position(self, loaded: LoadedCheckpoint) -> None:
-        """Where the data goes on, counted in samples where the batch size has changed."""
+        """Where the data goes on, where the steps alone don't tell: another batch size than now
+        was used, or the data has no length and was read in passes."""
         progress, now = loaded.progress, self._global_batch_size
         self._samples_seen = progress.samples_seen
         before = progress.global_batch_size
-        if before is None or before == now:
+        if before is None or (before == now and self._is_sized):
             return
-        windows, repeated = divmod(progress.samples_in_epoch, now)
-        if repeated:
+        self._position = Position.after(progress, batch_size=now, is_sized=self._is_sized)
+        if self._position.repeated:
             logger.warning(
                 "the checkpoint's %d samples of its epoch are no whole number of batches of %d: "
                 "%d of them are seen again",
                 progress.samples_in_epoch,
                 now,
-                repeated,
+                self._position.repeated,
             )
-        epoch = int(progress.epoch) if progress.samples_in_epoch else round(progress.epoch)
-        self._position = Position(epoch=epoch, windows=windows)
 
     def _load_rng_state(self, checkpoint: str | Path | None) -> None:
         """This rank's random generators as they were when the checkpoint was saved; with another
@@ -307,9 +311,16 @@ class Resume(Saving):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str | Path, model: nn.Module | None = None
     ) -> None:
-        """Weights that transformers wrote, into the whole model."""
+        """A checkpoint's weights, into the model. At a resume each rank has read its own bytes of
+        bigtrain's when this is called, and an override adds to that."""
         directory = Path(resume_from_checkpoint)
+        if model is None and directory == self._restored:
+            return
         model = self.model if model is None else model
+        if is_ours(directory) and self._is_prepared and not _is_peft_model(model):
+            with open_checkpoint(directory) as loaded:
+                self.engine.load_local_state(loaded.source, optimizer=False)
+            return
         if self.engine.is_sharded:
             raise CheckpointError(
                 f"{directory} was not written by bigtrain (it has no {MANIFEST}), and engine "
@@ -368,7 +379,7 @@ class Resume(Saving):
             with attempt(self.args.ranks, lambda: open_checkpoint(checkpoint)) as loaded:
                 restore(self.engine, loaded, world=self.args.ranks, optimizer=False)
         if (checkpoint / TRAINER_STATE_FILE).is_file():
-            self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_FILE))
+            self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
         return checkpoint
 
     # ---- The best model, at the end ----

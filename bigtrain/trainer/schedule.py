@@ -25,6 +25,11 @@ class Schedule:
     num_train_samples: float
     global_batch_size: int
 
+    @property
+    def is_sized(self) -> bool:
+        """Whether the data has a length; else it is read anew until all steps are done."""
+        return self.num_epochs < sys.maxsize
+
     @classmethod
     def of(cls, values: tuple[int, int, int, float, int, int, int]) -> Schedule:
         """What `set_initial_training_values` answers, which people override."""

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SaveStrategy, has_length
 
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import UnsupportedError
-from bigtrain.trainer import choice, preparation
+from bigtrain.trainer import adoption, preparation
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.loop import Loop
 
@@ -65,7 +65,7 @@ class Trainer(Loop):
             raise TypeError("Trainer takes no `tokenizer`: give it as `processing_class`")
         if args is None:
             args = self._args_class(output_dir=_DEFAULT_OUTPUT_DIR)
-        self.args = choice.adopt(args, self._args_class)
+        self.args = adoption.adopt(args, self._args_class)
         preparation.seed(self.args)
         self._memory_tracker = self._new_memory_tracker()
         self._memory_tracker.start()
@@ -75,7 +75,9 @@ class Trainer(Loop):
         self._check_model_source(model)
         self._set_up_engine(model, engine)
         self._adopt_model(self.call_model_init() if model is None else model)
-        self.data_collator = data_collator or _default_collator(processing_class)
+        if data_collator is None:
+            data_collator = _default_collator(processing_class)
+        self.data_collator = data_collator
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.processing_class = processing_class
         self.compute_loss_func = compute_loss_func

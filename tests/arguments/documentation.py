@@ -53,12 +53,39 @@ WHERE = {
     "fp16_opt_level": "O0 and O1 on every engine; O2 (fp16 weights, fp32 masters) on fsdp and "
     "zero, refused on single and ddp; O3 is refused",
 }
+DIFFERENCES = """
+`trainer.accelerator` answers what scripts ask accelerate's `Accelerator` for (place, gather,
+loaders, `save`, `main_process_first`, `skip_first_batches`, …); what it lacks says by name what
+to do instead.
+
+## Where bigtrain differs on purpose
+
+- **transformers' own arguments** may be given: the object becomes bigtrain's and stays yours,
+  so that later changes to it count; a dataclass over transformers' class keeps its fields and
+  methods.
+- **Seq2SeqTrainer on a set that does not divide by the batch** counts every sample once;
+  transformers' counts a short last batch as a whole one, so its `eval_loss` is another.
+  Predictions are as wide as the longest generation that was asked for.
+- **An override of `_save` or `save_model`** is called while a checkpoint is made: the directory
+  that it gets is a staging one, which gets the name `checkpoint-<step>` when all is written,
+  and only the main process calls it. Sharded engines write their own files, and call neither
+  there.
+- **An override of `_load_from_checkpoint`** is called when each rank has read its own bytes,
+  and adds to that.
+- **A metric that does not exist** is named at construction where the keys are known, that is
+  without `compute_metrics`, callbacks and overridden evaluation; with them at the first
+  evaluation, which `eval_on_start` puts before the first step.
+- **An edited `trainer_state.json`** counts, with a warning; every other file of a checkpoint's
+  state must be as it was written.
+- **Data without a length that is read in several passes** goes on within its pass at a resume;
+  transformers' starts it anew.
+"""
 
 
 def document() -> str:
     """The page's text."""
     tables = [*_table("Trainer", TRAINER_ROWS), *_table("TrainingArguments", ARGUMENT_ROWS)]
-    return "\n".join([HEAD, *tables, *_others(), "", *_methods()]) + "\n"
+    return "\n".join([HEAD, *tables, *_others(), "", *_methods(), DIFFERENCES])
 
 
 def _table(title: str, rows: tuple[str, ...]) -> Iterator[str]:

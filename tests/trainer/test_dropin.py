@@ -7,13 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import transformers
 
-from bigtrain.errors import UnsupportedError
 from bigtrain.trainer.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from bigtrain.trainer.trainer import Trainer
-from tests.trainer.samples import Points, Regression, arguments, trainer
+from tests.trainer.samples import (
+    Points,
+    Regression,
+    Sentences,
+    arguments,
+    tiny_llama,
+    trainer,
+)
 
 # Steps of transformers' own loop, around accelerate's and DeepSpeed's objects, that this loop does
 # not have. Overriding one is said at construction to have no effect.
@@ -106,10 +113,65 @@ def test_a_model_card_tells_of_the_training(tmp_path: Path) -> None:
     assert "learning_rate: 0.01" in card and "- toy" in card
 
 
-def test_accelerate_has_no_say(tmp_path: Path) -> None:
-    run = trainer(tmp_path, model=Regression(), data=Points(4))
-    with pytest.raises(UnsupportedError, match="bigtrain launch --engine"):
-        run.create_accelerator_and_postprocess()
+# Called by scripts, by a push to the hub (test_hub) or by Ray Tune, and not by a run's loop.
+NOT_IN_A_RUN = {
+    "add_callback",
+    "pop_callback",
+    "remove_callback",
+    "get_num_trainable_parameters",
+    "get_learning_rates",
+    "get_optimizer_group",
+    "log_metrics",
+    "metrics_format",
+    "save_metrics",
+    "save_state",
+    "push_to_hub",
+    "create_model_card",
+    "hyperparameter_search",
+    "create_optimizer_and_scheduler",
+    "init_hf_repo",
+    "_push_from_checkpoint",
+    "_tune_save_checkpoint",
+}
+
+
+def test_every_method_that_can_be_overridden_is_called_in_a_run(tmp_path: Path) -> None:
+    called: set[str] = set()
+
+    def recording(name: str) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            called.add(name)
+            return getattr(Trainer, name)(self, *args, **kwargs)
+
+        return method
+
+    names = [n for n in NAMES if callable(getattr(Trainer, n, None)) and n not in NOT_IN_A_RUN]
+    statics = {n for n in names if isinstance(inspect.getattr_static(Trainer, n), staticmethod)}
+    overridden = {name: recording(name) for name in names if name not in statics}
+    kind: Any = type("Recording", (Trainer,), overridden)
+    folder = str(tmp_path)
+    fields = {
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "label_smoothing_factor": 0.1,
+        "train_sampling_strategy": "group_by_length",
+    }
+    for resume, steps in ((None, 4), (f"{folder}/checkpoint-2", 6)):
+        run = kind(
+            model_init=lambda: tiny_llama(),
+            args=arguments(folder, max_steps=steps, **fields),
+            train_dataset=Sentences(16),
+            eval_dataset=Sentences(6),
+        )
+        run.train(resume_from_checkpoint=resume)
+    columns = [{name: row.tolist() for name, row in sample.items()} for sample in Sentences(5)]
+    run.predict(datasets.Dataset.from_list(columns))
+    run.save_model(folder)
+    run.end()
+    assert sorted(set(names) - statics - called) == []
 
 
 def test_set_initial_training_values_answers_as_transformers_does(tmp_path: Path) -> None:

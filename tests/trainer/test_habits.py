@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
+import types
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -415,3 +419,35 @@ def test_overwriting_continues_from_what_was_there_and_not_from_itself(tmp_path:
     run = regression(tmp_path, overwrite_output_dir=True, **fields)
     first = run.train().training_loss
     assert run.train().training_loss < first and len(history(run)) > 1
+
+
+# ---- Notebooks ----
+
+
+def _pretend_to_be_a_notebook(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Just enough of IPython, which is not installed, for its table of losses; what it shows."""
+    shown: list[str] = []
+    notebook, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    notebook.__spec__ = ModuleSpec("IPython", None)
+    kernel = SimpleNamespace(config={"IPKernelApp": {}})
+    table = SimpleNamespace(update=lambda html: shown.append(html))
+    notebook.__dict__.update(display=display, get_ipython=lambda: kernel)
+    display.__dict__.update(HTML=str, display=lambda html, display_id=False: table)
+    monkeypatch.setitem(sys.modules, "IPython", notebook)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return shown
+
+
+def test_a_notebook_shows_a_table_and_a_terminal_a_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def bars(**changed: Any) -> list[str]:
+        run = regression(tmp_path, disable_tqdm=False, eval_strategy="epoch", **changed)
+        run.train()
+        return [type(one).__name__ for one in run.callback_handler.callbacks]
+
+    assert "ProgressCallback" in bars()
+    shown = _pretend_to_be_a_notebook(monkeypatch)
+    found = bars(logging_strategy="epoch")
+    assert "NotebookProgressCallback" in found and "ProgressCallback" not in found
+    assert "Validation Loss" in shown[-1] and "[16/16" in shown[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
+from bigtrain.errors import CheckpointError
 from tests.arguments.rows import Seen
 from tests.trainer.samples import Points, Sentences, Stream, arguments, losses, trainer
 
@@ -105,3 +107,97 @@ def test_arguments_that_differ_are_listed_with_which_counts(
     assert "save_steps: 3 (from args) != 2 (from trainer_state.json)" in theirs.out
     rates = [e["learning_rate"] for e in rest.state.log_history if "learning_rate" in e]
     assert max(rates) == pytest.approx(arguments(tmp_path).learning_rate)
+
+
+# ---- Where the steps alone don't tell ----
+
+PASS = 4  # steps that the stream below is long, and one more that is half full
+
+
+@pytest.mark.parametrize("saved_at", [3, 5, 7, 10])
+def test_data_read_in_several_passes_goes_on_within_its_pass(tmp_path: Path, saved_at: int) -> None:
+    runs = []
+    for resume in (None, str(tmp_path / f"checkpoint-{saved_at}")):
+        run = trainer(
+            tmp_path,
+            data=Stream(4 * PASS + 2),
+            max_steps=13,
+            save_strategy="steps",
+            save_steps=saved_at,
+        )
+        run.train(resume_from_checkpoint=resume)
+        runs.append((losses(run), run.state.epoch))
+    assert runs[0] == runs[1] and runs[0][1] > 2
+
+
+def test_a_stream_goes_on_behind_its_last_step_when_more_are_asked_for(tmp_path: Path) -> None:
+    straight = trainer(tmp_path / "a", data=Stream(40), max_steps=6, lr_scheduler_type="constant")
+    straight.train()
+    fields = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path / "b", data=Stream(40), max_steps=3, **fields).train()
+    longer = trainer(tmp_path / "b", data=Stream(40), max_steps=6, **fields)
+    longer.train(resume_from_checkpoint=True)
+    assert losses(longer) == losses(straight) and len(losses(longer)) == 6
+
+
+@pytest.mark.parametrize(("saved_at", "left"), [(4, 12), (8, 8), (6, 10)])
+def test_another_batch_size_goes_on_behind_the_samples_that_were_seen(
+    tmp_path: Path, saved_at: int, left: int
+) -> None:
+    fields = {"save_strategy": "steps", "train_sampling_strategy": "sequential"}
+    first = trainer(tmp_path, data=Sentences(32), save_steps=saved_at, max_steps=saved_at, **fields)
+    first.train()
+    data = Sentences(32)
+    wider = trainer(
+        tmp_path, data=data, per_device_train_batch_size=2, num_train_epochs=2, **fields
+    )
+    wider.train(resume_from_checkpoint=True)
+    assert data.loaded == [*range(saved_at * 4 % 32, 32), *range(32)][: 64 - saved_at * 4]
+    assert len(data.loaded) == 4 * left
+
+
+# ---- An edited state ----
+
+
+def _edit_state(checkpoint: Path, **changed: Any) -> None:
+    path = checkpoint / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed, indent=4))
+
+
+@pytest.mark.parametrize("resume", [True, "checkpoint-4"])
+def test_an_edited_trainer_state_counts_and_is_named(
+    tmp_path: Path, resume: bool | str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, max_steps=4, **fields).train()
+    _edit_state(tmp_path / "checkpoint-4", best_metric=0.25)
+    run = trainer(tmp_path, max_steps=6, **fields)
+    run.train(resume_from_checkpoint=resume if resume is True else str(tmp_path / str(resume)))
+    assert (run.state.best_metric, len(losses(run))) == (0.25, 6)
+    assert "checkpoint-4/trainer_state.json: was edited after it was saved" in caplog.text
+
+
+def test_a_trainer_state_that_is_none_any_more_is_refused(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, **fields).train()
+    _edit_state(tmp_path / "checkpoint-4", steps_of_mine=1)
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json is no trainer's state"):
+        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": ')
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json"):
+        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    run = trainer(tmp_path, **fields)
+    run.train(resume_from_checkpoint=True)
+    assert len(losses(run)) == 4
+
+
+def test_weights_beside_an_edited_state_are_still_checked(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer(tmp_path, **fields).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    _edit_state(checkpoint, best_metric=0.25)
+    weights = bytearray((checkpoint / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        trainer(tmp_path, **fields).train(resume_from_checkpoint=str(checkpoint))

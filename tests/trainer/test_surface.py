@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from torch import nn
 from torch.utils.data import DataLoader
+from transformers import default_data_collator
 
 from bigtrain.errors import ConfigError
 from bigtrain.trainer.arguments import TrainingArguments
+from bigtrain.trainer.seq2seq import Seq2SeqTrainer
 from bigtrain.trainer.trainer import Trainer
 from tests.trainer.samples import Points, Regression, Sentences, Stream, arguments, losses, trainer
 from tests.trainer.samples import tiny_llama as llama
@@ -203,6 +208,19 @@ def test_a_metric_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path
         run.train()
 
 
+def test_eval_on_start_names_such_a_metric_before_any_step(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        eval_dataset=Sentences(4),
+        compute_metrics=lambda found: {"accuracy": 0.5},
+        eval_on_start=True,
+        **WATCHING,
+    )
+    with pytest.raises(KeyError, match=r"eval_f1.*eval_accuracy.*eval_loss"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 def test_transformers_own_arguments_are_taken_too(tmp_path: Path) -> None:
     args = arguments(tmp_path, kind=transformers.TrainingArguments, max_steps=1)
     run = Trainer(model=Regression(), args=args, train_dataset=Points(4))
@@ -235,3 +253,84 @@ def test_a_script_without_arguments_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tmp_trainer" / "checkpoint-3").is_dir()
+
+
+# ---- transformers' own arguments ----
+
+
+@dataclass
+class OwnArguments(transformers.TrainingArguments):  # type: ignore[misc]
+    """What a script for transformers' Trainer defines."""
+
+    margin: float = 0.5
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        return 0 if self.margin else 1
+
+
+def test_transformers_own_arguments_stay_the_scripts(tmp_path: Path) -> None:
+    args = arguments(tmp_path, kind=transformers.TrainingArguments, max_steps=2)
+    run = Trainer(model=Regression(), args=args, train_dataset=Points(16))
+    assert run.args is args
+    args.max_steps = 3
+    assert run.train().global_step == 3
+
+
+def test_a_class_of_arguments_over_transformers_keeps_its_fields_and_methods(
+    tmp_path: Path,
+) -> None:
+    args = arguments(tmp_path, kind=OwnArguments, margin=0.25, save_strategy="epoch")
+    run = Trainer(model=Regression(), args=args, train_dataset=Points(8))
+    assert run.args is args and isinstance(args, OwnArguments)
+    assert isinstance(args, TrainingArguments) and args.export == "last"
+    assert {"margin", "overwrite_output_dir"} <= set(args.to_dict())
+    args.margin = 0.75
+    run.train()
+    rates = [entry["learning_rate"] for entry in run.state.log_history if "loss" in entry]
+    assert rates[0] == args.learning_rate  # its own warmup, of no step
+    read = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert isinstance(read, OwnArguments) and isinstance(read, TrainingArguments)
+    assert read.margin == 0.75 and copy.deepcopy(args).margin == 0.75
+    again = Trainer(model=Regression(), args=args, train_dataset=Points(8))
+    again.train(resume_from_checkpoint=True)
+
+
+def test_arguments_that_lack_what_seq2seq_needs_are_refused(tmp_path: Path) -> None:
+    args = arguments(tmp_path, kind=OwnArguments)
+    with pytest.raises(TypeError, match=r"nor transformers\.Seq2SeqTrainingArguments"):
+        Seq2SeqTrainer(model=Regression(), args=args)
+    theirs = arguments(tmp_path, kind=transformers.Seq2SeqTrainingArguments)
+    assert Seq2SeqTrainer(model=Regression(), args=theirs).args is theirs
+    Trainer(model=Regression(), args=arguments(tmp_path, kind=type(theirs).__bases__[0]))
+
+
+def test_arguments_decide_whether_the_model_goes_to_the_device(tmp_path: Path) -> None:
+    moved: list[nn.Module] = []
+
+    class Recording(Trainer):
+        def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+            moved.append(model)
+
+    class Elsewhere(TrainingArguments):
+        place_model_on_device = False
+
+    for kind, fields, expected in (
+        (TrainingArguments, {}, True),
+        (Elsewhere, {}, False),
+        (TrainingArguments, {"bf16_full_eval": True}, False),
+    ):
+        moved.clear()
+        run = Recording(model=Regression(), args=arguments(tmp_path, kind=kind, **fields))
+        assert (bool(moved), run.place_model_on_device) == (expected, expected)
+
+
+def test_a_collator_that_counts_as_false_is_used(tmp_path: Path) -> None:
+    class Collator:
+        def __len__(self) -> int:
+            return 0
+
+        def __call__(self, samples: list[Any]) -> Any:
+            return default_data_collator(samples)
+
+    collator = Collator()
+    assert trainer(tmp_path, data_collator=collator).data_collator is collator

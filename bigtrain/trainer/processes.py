@@ -1,0 +1,156 @@
+"""This process among the others, under the names that accelerate has for it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+from bigtrain.engine.protocol import Engine
+from bigtrain.topology import RankInfo
+from bigtrain.trainer import collectives
+
+_Function = Callable[..., Any]
+
+
+class Processes:
+    """Who this process is, and what it does alone, first or together with the others."""
+
+    ranks: RankInfo
+    engine: Engine
+    _is_triggered = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    @property
+    def num_processes(self) -> int:
+        return self.ranks.world_size
+
+    @property
+    def process_index(self) -> int:
+        return self.ranks.rank
+
+    @property
+    def local_process_index(self) -> int:
+        return self.ranks.local_rank
+
+    @property
+    def is_main_process(self) -> bool:
+        return self.ranks.is_main
+
+    @property
+    def is_local_main_process(self) -> bool:
+        return self.ranks.is_local_main
+
+    @property
+    def is_last_process(self) -> bool:
+        return self.ranks.rank == self.ranks.world_size - 1
+
+    @property
+    def use_distributed(self) -> bool:
+        return self.ranks.world_size > 1
+
+    @property
+    def multi_device(self) -> bool:
+        return self.use_distributed
+
+    @property
+    def distributed_type(self) -> DistributedType:
+        """As of a plain data-parallel run: what differs between engines is theirs alone."""
+        if not self.use_distributed:
+            return DistributedType.NO
+        on_cpu = self.device.type == "cpu"
+        return DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
+
+    # ---- One of them ----
+
+    def on_main_process(self, function: _Function) -> _Function:
+        """A function that does nothing on other processes than the first."""
+        return _only(function, lambda: self.is_main_process)
+
+    def on_local_main_process(self, function: _Function) -> _Function:
+        return _only(function, lambda: self.is_local_main_process)
+
+    def on_last_process(self, function: _Function) -> _Function:
+        return _only(function, lambda: self.is_last_process)
+
+    def on_process(
+        self, function: _Function | None = None, process_index: int | None = None
+    ) -> _Function:
+        if function is None:
+            return functools.partial(self.on_process, process_index=process_index)
+        return _only(function, lambda: self.process_index == process_index)
+
+    def on_local_process(
+        self, function: _Function | None = None, local_process_index: int | None = None
+    ) -> _Function:
+        if function is None:
+            return functools.partial(self.on_local_process, local_process_index=local_process_index)
+        return _only(function, lambda: self.local_process_index == local_process_index)
+
+    def print(self, *values: Any, **kwargs: Any) -> None:
+        if self.is_local_main_process:
+            print(*values, **kwargs)  # noqa: T201 (it is accelerate's print)
+
+    # ---- In turn ----
+
+    @contextlib.contextmanager
+    def main_process_first(self) -> Iterator[None]:
+        """The first process, then the others. All processes enter."""
+        with _first(self.is_main_process):
+            yield
+
+    @contextlib.contextmanager
+    def local_main_process_first(self) -> Iterator[None]:
+        """The first process of every node, then the others."""
+        with _first(self.is_local_main_process):
+            yield
+
+    def wait_for_everyone(self) -> None:
+        collectives.barrier()
+
+    # ---- Together ----
+
+    def split_between_processes(
+        self, inputs: Any, apply_padding: bool = False
+    ) -> contextlib.AbstractContextManager[Any]:
+        """This process's share of a list, tuple, dict, tensor or dataset."""
+        split: Any = PartialState.split_between_processes  # it asks only for place and device
+        return split(self, inputs, apply_padding=apply_padding)  # type: ignore[no-any-return]
+
+    def set_trigger(self) -> None:
+        """Let `check_trigger` be true once, on every process."""
+        self._is_triggered = True
+
+    def check_trigger(self) -> bool:
+        """Whether any process has set the trigger. All processes call it."""
+        is_set = collectives.total(float(self._is_triggered), device=self.device) > 0
+        if is_set:
+            self._is_triggered = False
+        return is_set
+
+
+def _only(function: _Function, is_meant: Callable[[], bool]) -> _Function:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if is_meant() else None
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _first(is_first: bool) -> Iterator[None]:
+    if not is_first:
+        collectives.barrier()
+    try:
+        yield
+    finally:
+        if is_first:
+            collectives.barrier()

@@ -1,0 +1,129 @@
+"""`trainer.accelerator` answers what scripts ask accelerate's own for, or says what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from bigtrain.errors import UnsupportedError
+from bigtrain.topology import RankInfo
+from bigtrain.trainer.trainer import Trainer
+from tests.engine.harness import run_ranks
+from tests.trainer.samples import Points, Regression, Sentences, arguments, trainer
+
+PUBLIC = [name for name in dir(accelerate.Accelerator) if not name.startswith("_")]
+STATE = ["deepspeed_plugin", "fsdp_plugin", "is_fsdp2", "num_processes", "distributed_type"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = tmp_path_factory.mktemp("out")
+    run = trainer(folder, model=Regression(), data=Points(8), max_steps=1)
+    run.train()
+    return run
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_there_or_says_what_to_do_instead(run: Trainer, name: str) -> None:
+    if not hasattr(run.accelerator, name):
+        with pytest.raises(UnsupportedError, match=rf"trainer\.accelerator has no {name}: \S+ "):
+            getattr(run.accelerator, name)
+
+
+def test_most_of_what_scripts_use_is_there(run: Trainer) -> None:
+    missing = [name for name in PUBLIC if not hasattr(run.accelerator, name)]
+    assert len(missing) < 30 and all(hasattr(run.accelerator.state, name) for name in STATE)
+    with pytest.raises(AttributeError, match="no attribute 'whatever'"):
+        _ = run.accelerator.whatever
+
+
+def test_a_loop_as_for_accelerate_works_around_the_trainers_parts(
+    run: Trainer, tmp_path: Path
+) -> None:
+    accelerator = run.accelerator
+    loader = accelerator.prepare(DataLoader(Points(8), batch_size=2))
+    rest = list(accelerator.skip_first_batches(loader, 3))
+    assert len(rest) == 1 and torch.equal(rest[0]["x"], Points(8).x[6:])
+    with accelerator.accumulate(run.model), accelerator.main_process_first():
+        assert accelerator.gradient_accumulation_steps == 1
+    assert accelerator.on_main_process(lambda: 1)() == 1
+    assert accelerator.on_process(process_index=1)(lambda: 1)() is None
+    with accelerator.split_between_processes(["a", "b"]) as share:
+        assert share == ["a", "b"]
+    accelerator.save({"x": torch.ones(2)}, tmp_path / "x.bin")
+    accelerator.save({"x": torch.ones(2)}, tmp_path / "x.safetensors", safe_serialization=True)
+    assert torch.load(tmp_path / "x.bin", weights_only=True)["x"].tolist() == [1, 1]
+    assert accelerator.check_trigger() is False
+    accelerator.set_trigger()
+    assert (accelerator.check_trigger(), accelerator.check_trigger()) == (True, False)
+
+
+def test_the_trainers_own_model_is_prepared_by_the_engine(tmp_path: Path) -> None:
+    run = trainer(tmp_path, model=Regression(), data=Points(8), eval_dataset=Points(8))
+    asked: list[Any] = []
+    prepare = run.accelerator.prepare_model
+
+    def recording(model: nn.Module, **kwargs: Any) -> nn.Module:
+        asked.append((model, kwargs))
+        return prepare(model, **kwargs)
+
+    run.accelerator.prepare_model = recording  # type: ignore[method-assign]
+    run.evaluate()
+    assert asked == [(run.model, {"evaluation_mode": True})]
+
+
+def test_a_step_that_overflowed_is_said(tmp_path: Path) -> None:
+    skipped: list[bool] = []
+
+    class Overflowing(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if self.state.global_step == 6:
+                model.layer.bias.grad.fill_(float("inf"))
+            return loss
+
+        def _get_learning_rate(self) -> float:
+            skipped.append(self.accelerator.optimizer_step_was_skipped)
+            return super()._get_learning_rate()
+
+    args = arguments(tmp_path, fp16=True, max_steps=8, logging_strategy="no")
+    Overflowing(model=Regression(), args=args, train_dataset=Points(32)).train()
+    assert skipped[5:] == [False, True, False]  # the first ones look for a scale
+
+
+def _on_two_ranks(world: RankInfo, folder: str) -> list[Any]:
+    run = trainer(folder, data=Sentences(8), max_steps=1, fsdp="full_shard")
+    accelerator, order = run.accelerator, []
+    with accelerator.main_process_first():
+        order = [path.name for path in Path(folder).glob("first")]
+        if accelerator.is_main_process:
+            (Path(folder) / "first").touch()
+    if world.rank == 1:
+        accelerator.set_trigger()
+    with accelerator.split_between_processes(["a", "b", "c"]) as share:
+        plugin: Any = accelerator.state.fsdp_plugin
+        return [order, share, accelerator.check_trigger(), plugin.fsdp_version]
+
+
+def test_ranks_take_turns_and_shares(tmp_path: Path) -> None:
+    assert run_ranks(2, _on_two_ranks, str(tmp_path)) == [
+        [[], ["a", "b"], True, 2],
+        [["first"], ["c"], True, 2],
+    ]
+
+
+def test_deepspeeds_config_can_be_asked_for(tmp_path: Path) -> None:
+    config = {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "train_micro_batch_size_per_gpu": "auto",
+    }
+    plugin: Any = trainer(tmp_path, deepspeed=config).accelerator.state.deepspeed_plugin
+    assert (plugin.zero_stage, plugin.offload_optimizer_device) == (2, "cpu")
+    assert plugin.deepspeed_config["zero_optimization"]["stage"] == 2
+    assert plugin.offload_param_device == "none"
