@@ -10,14 +10,12 @@ import dataclasses
 import functools
 from typing import Any
 
-import transformers
-from transformers import training_args, training_args_seq2seq
-
+from bigtrain.trainer import theirs
 from bigtrain.trainer.arguments import TrainingArguments
 
 _THEIRS: dict[str, type] = {
-    "TrainingArguments": training_args.TrainingArguments,
-    "Seq2SeqTrainingArguments": training_args_seq2seq.Seq2SeqTrainingArguments,
+    "TrainingArguments": theirs.TrainingArguments,
+    "Seq2SeqTrainingArguments": theirs.Seq2SeqTrainingArguments,
 }
 # What transformers' arguments hold of devices and DeepSpeed, which are the engine's here. While
 # DeepSpeed's config is alive, transformers builds every model under `zero.Init`.
@@ -25,7 +23,7 @@ _THEIR_PLACE = ("_setup_devices", "_n_gpu", "hf_deepspeed_config", "deepspeed_pl
 
 
 def adopt(
-    args: transformers.TrainingArguments, kind: type[TrainingArguments] = TrainingArguments
+    args: theirs.TrainingArguments, kind: type[TrainingArguments] = TrainingArguments
 ) -> TrainingArguments:
     """`args` itself, from now on of bigtrain's class `kind` too; TypeError where it extends
     neither that class nor transformers' of that name."""

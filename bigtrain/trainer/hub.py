@@ -11,13 +11,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from bigtrain.checkpoint.agreement import on_main
 from bigtrain.checkpoint.save import InFlight
 from bigtrain.errors import CheckpointError
+from bigtrain.trainer import theirs
 from bigtrain.trainer.saving import Saving
 
 logger = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class Hub(Saving):
         dataset_args: Any = None,
     ) -> None:
         """Write `README.md` in `output_dir`, with what is known of this training."""
-        write: Any = transformers.Trainer.create_model_card
+        write: Any = theirs.Trainer.create_model_card
         write(
             self,
             language=language,

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HPSearchBackend
 
 from bigtrain.errors import UnsupportedError
-from bigtrain.trainer import preparation
+from bigtrain.trainer import preparation, theirs
 from bigtrain.trainer.saving import TRAINER_STATE_FILE, Saving
 
 logger = logging.getLogger(__name__)
@@ -46,7 +45,7 @@ class HyperparameterSearch(Saving):
                 "hyperparameter_search starts many trainings, and `bigtrain launch` plans one; "
                 "run the script without it"
             )
-        search: Any = transformers.Trainer.hyperparameter_search
+        search: Any = theirs.Trainer.hyperparameter_search
         return search(
             self,
             hp_space=hp_space,
@@ -107,7 +106,7 @@ class HyperparameterSearch(Saving):
         """Tell the backend how a trial does; it may end it."""
         if self.hp_search_backend is None or trial is None:
             return
-        report: Any = transformers.Trainer._report_to_hp_search
+        report: Any = theirs.Trainer._report_to_hp_search
         report(self, trial, step, metrics)
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import GenerationConfig, TrainerCallback
@@ -20,6 +19,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import UnsupportedError
+from bigtrain.trainer import theirs
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.trainer import Trainer
 
@@ -70,7 +70,7 @@ class Seq2SeqTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module | None = None,
-        args: transformers.TrainingArguments | None = None,
+        args: theirs.TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -109,7 +109,7 @@ class Seq2SeqTrainer(Trainer):
     @staticmethod
     def load_generation_config(gen_config_arg: str | GenerationConfig) -> GenerationConfig:
         """A config of its own, loaded or copied; ValueError where it contradicts itself."""
-        load: Any = transformers.Seq2SeqTrainer.load_generation_config
+        load: Any = theirs.Seq2SeqTrainer.load_generation_config
         config: GenerationConfig = load(gen_config_arg)
         return config
 

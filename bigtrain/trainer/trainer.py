@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import transformers
 from torch import nn
 from torch.optim import Optimizer
 from transformers import (
@@ -24,7 +23,7 @@ from transformers.trainer_utils import SaveStrategy, has_length
 
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import UnsupportedError
-from bigtrain.trainer import adoption, preparation
+from bigtrain.trainer import adoption, preparation, theirs
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.loop import Loop
 
@@ -45,7 +44,7 @@ class Trainer(Loop):
     def __init__(
         self,
         model: nn.Module | None = None,
-        args: transformers.TrainingArguments | None = None,
+        args: theirs.TrainingArguments | None = None,
         data_collator: Callable[..., Any] | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -152,9 +151,12 @@ class Trainer(Loop):
     def _tell_overrides_without_effect(self) -> None:
         """A method of transformers' Trainer that this loop has no call for would be overridden in
         vain."""
-        theirs = vars(transformers.Trainer)
         mine = type(self)
-        vain = [name for name in theirs if hasattr(mine, name) and not hasattr(Trainer, name)]
+        vain = [
+            name
+            for name in vars(theirs.Trainer)
+            if hasattr(mine, name) and not hasattr(Trainer, name)
+        ]
         if vain:
             warnings.warn(
                 f"{mine.__name__} overrides {', '.join(vain)}, which bigtrain's loop never calls; "

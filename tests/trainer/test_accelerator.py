@@ -123,7 +123,9 @@ def test_deepspeeds_config_can_be_asked_for(tmp_path: Path) -> None:
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
         "train_micro_batch_size_per_gpu": "auto",
     }
-    plugin: Any = trainer(tmp_path, deepspeed=config).accelerator.state.deepspeed_plugin
+    run = trainer(tmp_path, deepspeed=config)
+    plugin: Any = run.accelerator.state.deepspeed_plugin
+    run.end()
     assert (plugin.zero_stage, plugin.offload_optimizer_device) == (2, "cpu")
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == 2
     assert plugin.offload_param_device == "none"

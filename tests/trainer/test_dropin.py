@@ -10,7 +10,9 @@ from typing import Any
 import datasets
 import pytest
 import transformers
+from transformers import GenerationConfig
 
+from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from bigtrain.trainer.trainer import Trainer
 from tests.trainer.samples import (
@@ -187,3 +189,25 @@ def test_set_initial_training_values_answers_as_transformers_does(tmp_path: Path
         )
         answers.append(run.set_initial_training_values(run.args, run.get_train_dataloader()))
     assert answers[0] == answers[1]
+
+
+def test_a_script_may_put_bigtrains_classes_in_transformers_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for kind in (Trainer, TrainingArguments, Seq2SeqTrainer, Seq2SeqTrainingArguments):
+        monkeypatch.setattr(transformers, kind.__name__, kind)
+    args = transformers.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path),
+        generation_config=GenerationConfig(do_sample=False, top_p=0.9),
+    )
+    with pytest.raises(
+        ValueError,
+        match="is invalid",
+    ):
+        transformers.Seq2SeqTrainer(model=tiny_llama(), args=args)
+    run = trainer(tmp_path, max_steps=1)
+    run.train()
+    run.create_model_card(model_name="small")
+    assert "small" in (tmp_path / "README.md").read_text()
+    with pytest.raises((RuntimeError, ValueError), match="HPSearchBackend"):
+        run.hyperparameter_search(backend="none of them")

@@ -9,6 +9,7 @@ import sys
 import time
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.testing_utils import CaptureLogger
+from transformers.utils.import_utils import is_in_notebook
 
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
@@ -424,7 +426,8 @@ def test_overwriting_continues_from_what_was_there_and_not_from_itself(tmp_path:
 # ---- Notebooks ----
 
 
-def _pretend_to_be_a_notebook(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+@contextmanager
+def _pretending_to_be_a_notebook(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Just enough of IPython, which is not installed, for its table of losses; what it shows."""
     shown: list[str] = []
     notebook, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
@@ -435,7 +438,10 @@ def _pretend_to_be_a_notebook(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     display.__dict__.update(HTML=str, display=lambda html, display_id=False: table)
     monkeypatch.setitem(sys.modules, "IPython", notebook)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
-    return shown
+    is_in_notebook.cache_clear()
+    yield shown
+    monkeypatch.undo()
+    is_in_notebook.cache_clear()
 
 
 def test_a_notebook_shows_a_table_and_a_terminal_a_bar(
@@ -447,7 +453,7 @@ def test_a_notebook_shows_a_table_and_a_terminal_a_bar(
         return [type(one).__name__ for one in run.callback_handler.callbacks]
 
     assert "ProgressCallback" in bars()
-    shown = _pretend_to_be_a_notebook(monkeypatch)
-    found = bars(logging_strategy="epoch")
+    with _pretending_to_be_a_notebook(monkeypatch) as shown:
+        found = bars(logging_strategy="epoch")
     assert "NotebookProgressCallback" in found and "ProgressCallback" not in found
     assert "Validation Loss" in shown[-1] and "[16/16" in shown[-1]
