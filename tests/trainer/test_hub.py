@@ -29,6 +29,7 @@ class Hub:
     made: list[dict[str, Any]] = field(default_factory=list)
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     tokens: set[str | None] = field(default_factory=set)
+    revisions: set[str] = field(default_factory=set)
     refuses: bool = False
 
 
@@ -53,6 +54,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 keep = {"uploadMode": "regular", "shouldIgnore": False, "oid": None}
                 return {"files": [{"path": one["path"], **keep} for one in files]}
             if "/commit/" in self.path:
+                hub.revisions.add(self.path.partition("/commit/")[2].partition("?")[0])
                 return self._commit(body)
             return {}
 
@@ -97,7 +99,8 @@ import sys
 from tests.trainer.samples import trainer
 options = dict(max_steps=4, save_strategy="steps", save_steps=2)
 run = trainer(sys.argv[1], push_to_hub=True, hub_model_id="someone/small", hub_token=sys.argv[2],
-              hub_strategy="all_checkpoints", hub_always_push=True, **options)
+              hub_strategy="all_checkpoints", hub_always_push=True, hub_private_repo=True,
+              hub_revision="trial", **options)
 run.model.add_model_tags(["toy"])
 run.train()
 print("commit", run.push_to_hub(dataset="points").oid)
@@ -122,6 +125,7 @@ def test_models_checkpoints_and_the_card_are_uploaded_and_no_secret(
     done = run_script(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"commit {'1' * 40}" in done.stdout
+    assert hub.made[0]["visibility"] == "private" and hub.revisions == {"trial"}
     assert hub.made[0]["name"] == "small" and hub.tokens == {f"Bearer {TOKEN}"}
     final = hub.commits["End of training"]
     assert {"README.md", "config.json", "model.safetensors", "training_args.bin"} <= set(final)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from transformers.hyperparameter_search import OptunaBackend
 
@@ -27,7 +28,6 @@ def rates(trial: Any) -> dict[str, Any]:
 
 
 def test_the_trial_that_learns_wins_and_each_has_a_directory_of_its_own(tmp_path: Path) -> None:
-    optuna = pytest.importorskip("optuna", reason="optuna is not installed")
     run = searcher(tmp_path)
     space = {"learning_rate": [1e-9, 0.1]}
     best = run.hyperparameter_search(
@@ -43,7 +43,6 @@ def test_the_trial_that_learns_wins_and_each_has_a_directory_of_its_own(tmp_path
 
 
 def test_a_trial_that_does_badly_is_pruned(tmp_path: Path) -> None:
-    optuna = pytest.importorskip("optuna", reason="optuna is not installed")
     run = searcher(tmp_path, num_train_epochs=3)
     with pytest.raises(ValueError, match="No trials are completed yet"):
         run.hyperparameter_search(
