@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.checkpoint.dtypes import DType
+from bigtrain.checkpoint.inert import unfolds
 from bigtrain.errors import CheckpointError
 
 WEIGHT = "weight"
@@ -199,6 +200,11 @@ class TensorIndex:
             kinds.setdefault(name, []).append(kind)
         frozen = {name: tuple(of_name) for name, of_name in kinds.items()}
         object.__setattr__(self, "by_name", frozen)
+        for group in self.param_groups or ():
+            if unfolds([value for key, value in group.items() if key != "params"]):
+                raise CheckpointError("the optimizer's options are no plain values")
+            if not isinstance(group.get("params"), (list, tuple)):
+                raise CheckpointError("a group of the optimizer's doesn't say its parameters")
 
     def entry(self, name: str, kind: str) -> TensorEntry:
         """The tensor, or an error that says what there is of that name."""

@@ -9,12 +9,15 @@ hostile file can't even change the meaning of the next.
 from __future__ import annotations
 
 import gc
+import io
 import pickle
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from bigtrain.checkpoint.opcodes import fault_of
 from bigtrain.errors import CheckpointError
 
 _SAFE: Mapping[tuple[str, str], Any] = {
@@ -30,6 +33,9 @@ _SAFE: Mapping[tuple[str, str], Any] = {
     ("__builtin__", "complex"): complex,
 }
 """Immutable built-in types; the names of Python 2 are those that pickle protocol 2 uses."""
+
+_SHOWN = 300
+"""Letters of a fault that are shown."""
 
 
 class Inert:
@@ -72,16 +78,21 @@ class Inert:
 
 
 class InertUnpickler(pickle.Unpickler):
-    """`names` adds meanings to the safe ones; its values must not be shared between pickles."""
+    """`names` adds meanings to the safe ones; its values must not be shared between pickles.
+
+    Raises UnpicklingError where the pickle would take far more memory than its own size.
+    """
 
     def __init__(
         self,
-        stream: IO[bytes],
+        content: bytes,
         *,
         names: Mapping[tuple[str, str], Any] | None = None,
         persistent: Callable[[Any], Any] | None = None,
     ) -> None:
-        super().__init__(stream)
+        if fault := fault_of(content):
+            raise pickle.UnpicklingError(fault)
+        super().__init__(io.BytesIO(content))
         self._names = {
             **_SAFE,
             ("collections", "OrderedDict"): _plain_dict(),
@@ -116,22 +127,21 @@ def _plain_dict() -> type[dict[Any, Any]]:
 
 
 def read_pickle(
-    stream: IO[bytes], *, path: Path, names: Mapping[tuple[str, str], Any] | None = None
+    content: bytes,
+    *,
+    path: Path,
+    names: Mapping[tuple[str, str], Any] | None = None,
+    persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """The structure of the pickle in `stream`; `path` is for the error's text."""
-    return load(InertUnpickler(stream, names=names), path=path)
-
-
-def load(unpickler: InertUnpickler, *, path: Path) -> Any:
-    """What `unpickler` reads; any fault of the file's as a CheckpointError."""
+    """The structure of the pickle; any fault of it as a CheckpointError that names `path`."""
     try:
         with without_collecting():
-            return unpickler.load()
+            return InertUnpickler(content, names=names, persistent=persistent).load()
     except CheckpointError:
         raise
     except Exception as fault:  # a damaged pickle can raise anything at all
         raise CheckpointError(
-            f"{path}: its structure can't be read ({type(fault).__name__}: {fault}); "
+            f"{path}: its structure can't be read ({brief(fault)}); "
             "the file is damaged or not what it seems"
         ) from fault
 
@@ -151,6 +161,28 @@ def without_collecting() -> Iterator[None]:
                 gc.freeze()
                 gc.unfreeze()
             gc.enable()
+
+
+def brief(value: Any) -> str:
+    """How a message shows a file's value, or the fault that came of it. Lists that hold each other
+    take few bytes in a pickle and more than there are when they are written out."""
+    if isinstance(value, BaseException):
+        shown = (arg[:_SHOWN] if isinstance(arg, str) else brief(arg) for arg in value.args)
+        return f"{type(value).__name__}: {', '.join(shown)}"
+    return reprlib.repr(value)
+
+
+def unfolds(value: Any, *, limit: int = 100_000) -> bool:
+    """Whether a value takes more than `limit` words to write out."""
+    pending, count = [value], 0
+    while pending and count <= limit:
+        each = pending.pop()
+        count += 1
+        if isinstance(each, Mapping):
+            pending += [*each.keys(), *each.values()]
+        elif isinstance(each, (list, tuple, set, frozenset)):
+            pending += each
+    return count > limit
 
 
 def read_name(value: Any) -> str | None:

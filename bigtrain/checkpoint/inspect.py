@@ -16,6 +16,7 @@ from bigtrain.checkpoint import foreign
 from bigtrain.checkpoint.blocks import FilePool
 from bigtrain.checkpoint.compare import element_of
 from bigtrain.checkpoint.formats.committed import read_committed
+from bigtrain.checkpoint.formats.transformers_dir import NamesNeededError
 from bigtrain.checkpoint.index import TensorIndex, tiling_fault
 from bigtrain.checkpoint.manifest import (
     MANIFEST,
@@ -30,7 +31,6 @@ from bigtrain.checkpoint.node_view import own_ranks, seen_from
 from bigtrain.checkpoint.source import open_source
 from bigtrain.checkpoint.verify import find_faults
 from bigtrain.checkpoint.witness import Record, RecordSource, no_records, record_holds
-from bigtrain.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +248,7 @@ def _unfinished(path: Path) -> Inspection:
 def _foreign(path: Path) -> Inspection:
     try:
         found = foreign.read_foreign(path)
-    except CheckpointError as fault:
-        if "does not name them" not in str(fault):
-            raise
+    except NamesNeededError:
         found = foreign.read_foreign(path, names=foreign.numbers_as_names(path))
     return Inspection(
         path=path,

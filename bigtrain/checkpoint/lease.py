@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from bigtrain.checkpoint.processes import machine, started
 from bigtrain.errors import CheckpointError
 
 LEASE = ".bigtrain-lease.json"
@@ -39,10 +40,9 @@ class Holder:
     """What the attempts of one launch have in common; empty without a launcher."""
     host: str
     machine: str
-    """What tells apart machines, their boots and containers in which process ids count anew."""
     pid: int
     started: str
-    """When the process did, in the kernel's ticks: process ids are used again."""
+    """As `processes` has it."""
 
     @classmethod
     def here(cls, *, launch: str) -> Holder:
@@ -51,9 +51,9 @@ class Holder:
             token=uuid.uuid4().hex,
             launch=launch,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=machine(),
             pid=os.getpid(),
-            started=_started(os.getpid()),
+            started=started(os.getpid()),
         )
 
     def __str__(self) -> str:
@@ -139,9 +139,9 @@ def is_alive(
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
     """Whether the holder still runs."""
-    if holder.machine == _machine():
+    if holder.machine == machine():
         is_me = holder.pid == os.getpid()
-        return not is_me and holder.started == _started(holder.pid) != ""
+        return not is_me and holder.started == started(holder.pid) != ""
     path = output_dir / LEASE
     touched = _touched(path)
     give_up = time.monotonic() + patience_s - _age(output_dir, touched)
@@ -220,25 +220,3 @@ def _age(output_dir: Path, touched: int) -> float:
         return 0.0
     finally:
         probe.unlink(missing_ok=True)
-
-
-def _machine() -> str:
-    parts = []
-    for read in (
-        lambda: Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        lambda: os.readlink("/proc/self/ns/pid"),  # noqa: PTH115 (a name, not a path)
-    ):
-        try:
-            parts.append(read())
-        except OSError:
-            parts.append("")
-    return " ".join([socket.gethostname(), *parts])
-
-
-def _started(pid: int) -> str:
-    """Empty where there is no such process, or one that has ended and was not waited for."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]

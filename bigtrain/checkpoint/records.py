@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from bigtrain.checkpoint.dtypes import dtype_named
 from bigtrain.checkpoint.formats.dcp import METADATA
-from bigtrain.checkpoint.inert import Inert, class_name, read_pickle
+from bigtrain.checkpoint.inert import Inert, brief, class_name, read_pickle
 from bigtrain.checkpoint.manifest import Part
 from bigtrain.checkpoint.torch_file import Archive
 from bigtrain.checkpoint.witness import Record, Records, RecordSource
@@ -118,7 +117,7 @@ class DcpItems:
 def read_dcp_items(directory: Path) -> DcpItems:
     """The keys and items of a DCP directory."""
     path = directory / METADATA
-    metadata = read_pickle(io.BytesIO(path.read_bytes()), path=path)
+    metadata = read_pickle(path.read_bytes(), path=path)
     try:
         stored: Mapping[str, Inert] = metadata.fields["state_dict_metadata"]
         items: dict[Path, list[tuple[int, int]]] = {}
@@ -127,7 +126,7 @@ def read_dcp_items(directory: Path) -> DcpItems:
             items.setdefault(directory / info.fields["relative_path"], []).append(place)
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
         raise CheckpointError(
-            f"{path}: not the metadata of a DCP checkpoint ({fault!r})"
+            f"{path}: not the metadata of a DCP checkpoint ({brief(fault)})"
         ) from fault
     return DcpItems(
         directory=directory,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.checkpoint.dtypes import BY_STORAGE, DTYPES, DType
-from bigtrain.checkpoint.inert import InertUnpickler, load, read_name
+from bigtrain.checkpoint.inert import brief, read_name, read_pickle
 from bigtrain.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -58,8 +58,9 @@ class Archive:
             records = _records(zipped)
             if "data.pkl" not in records:
                 raise CheckpointError(f"{self.path}: not a file of torch.save (it has no data.pkl)")
-            unpickler = InertUnpickler(
-                io.BytesIO(self._content(zipped, records["data.pkl"])),
+            return read_pickle(
+                self._content(zipped, records["data.pkl"]),
+                path=self.path,
                 names={
                     ("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, self.path),
                     ("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, self.path),
@@ -70,7 +71,6 @@ class Archive:
                 },
                 persistent=lambda pid: self._storage(pid, records, stream),
             )
-            return load(unpickler, path=self.path)
 
     def first_damaged(self) -> str | None:
         """The first record whose CRC-32 is wrong; None when all are right."""
@@ -118,9 +118,11 @@ class Archive:
     def _storage(self, pid: Any, records: dict[str, zipfile.ZipInfo], stream: _Section) -> _Storage:
         try:
             tag, storage_type, key, _, numel = pid
-            record = records[f"data/{key}"]
+            record = records["data/" + key]
         except (TypeError, ValueError, KeyError):
-            raise CheckpointError(f"{self.path}: no storage for the reference {pid!r}") from None
+            raise CheckpointError(
+                f"{self.path}: no storage for the reference {brief(pid)}"
+            ) from None
         dtype = BY_STORAGE.get((read_name(storage_type) or "").rpartition(".")[2])
         nbytes = numel * (dtype.itemsize if dtype else 1)
         if tag != "storage" or record.compress_type or nbytes > record.file_size:
@@ -159,7 +161,7 @@ def _rebuild(
     """What `torch._utils._rebuild_tensor_v2` (and v3, which names the dtype) would make."""
     dtype = storage.dtype or DTYPES.get((read_name(dtype_name) or "").removeprefix("torch."))
     if dtype is None:
-        raise CheckpointError(f"{path}: a tensor of unknown type {dtype_name!r}")
+        raise CheckpointError(f"{path}: a tensor of unknown type {brief(dtype_name)}")
     shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
     _check_bounds(path, storage, storage_offset, shape, strides, dtype)
     return TensorRef(

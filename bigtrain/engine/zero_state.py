@@ -153,7 +153,11 @@ class ZeroState:
         if kind != "step" and all(
             tuple(source.shape(member.name, kind)) == member.shape for member in having
         ):
-            moment = _with_zeros_between(group.master, having)
+            # DeepSpeed's first ones, where it has made some already: no second set beside them.
+            moment = self._zero.optimizer.state.get(group.master, {}).get(kind)
+            if not _is_like(moment, group.master):
+                moment = torch.empty_like(group.master, requires_grad=False)
+            _clear_between(moment, having)
             for member in having:
                 placed = self._place_moment(group, member, kind, moment)
                 read_placed(source, member.name, kind, placed)
@@ -214,17 +218,24 @@ def _is_opaque(value: Any, group: FlatGroup) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape != group.master.shape
 
 
-def _with_zeros_between(master: Tensor, members: Sequence[Member]) -> Tensor:
-    """A flat tensor like the master, zero wherever no member's elements will be: to clear all of
-    it takes as long as to read it."""
-    made = torch.empty_like(master, requires_grad=False)
+def _is_like(moment: Any, master: Tensor) -> bool:
+    return (
+        isinstance(moment, Tensor)
+        and moment.is_contiguous()
+        and (moment.shape, moment.dtype, moment.device)
+        == (master.shape, master.dtype, master.device)
+    )
+
+
+def _clear_between(flat: Tensor, members: Sequence[Member]) -> None:
+    """Make zero what no member's elements will be read into: to clear all of it takes as long as
+    to read it."""
     end = 0
     for member in sorted(members, key=lambda member: member.offset):
         if member.length:
-            made[end : member.offset] = 0
+            flat[end : member.offset] = 0
             end = member.offset + member.length
-    made[end:] = 0
-    return made
+    flat[end:] = 0
 
 
 def _slice(master: Tensor, member: Member) -> tuple[int, Tensor]:

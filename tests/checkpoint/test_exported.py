@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from bigtrain.checkpoint import exported
 from bigtrain.checkpoint.exported import exporting
 from bigtrain.errors import CheckpointError
 from tests.checkpoint.test_failures import in_child, kill_at_file_event
@@ -65,7 +69,7 @@ def test_killed_at_any_file_boundary_no_mix_of_two_models_is_left(
 
         status = in_child(exporting_again)
         found.append(seed_of(directory))
-        assert shards or found[-1] is not None  # one file is replaced at once
+        assert found[-1] is not None
         export(directory, seed=0, shards=shards)
         assert not list(directory.glob(".export-*"))
         if os.WIFEXITED(status):
@@ -74,6 +78,57 @@ def test_killed_at_any_file_boundary_no_mix_of_two_models_is_left(
         events += every
     assert found[0] == 0
     assert found[-1] == 1
+
+
+def test_killed_after_any_file_was_placed_the_old_model_is_loaded_or_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, found = exported._place, []
+    for last in range(100):
+        directory = tmp_path / str(last)
+        export(directory, seed=0, shards=True)
+        left = iter(range(last))
+
+        def place_until(staged: Path, target: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            place(staged, target)
+
+        monkeypatch.setattr(exported, "_place", place_until)
+        with contextlib.suppress(KeyboardInterrupt):
+            export(directory, seed=1, shards=True)
+            found.append(seed_of(directory))
+            break
+        found.append(seed_of(directory))
+        monkeypatch.setattr(exported, "_place", place)
+        export(directory, seed=0, shards=True)
+        assert seed_of(directory) == 0
+        assert not list(directory.glob("model-*.*.safetensors")), "left under a passing name"
+    assert found == sorted(found, key=lambda seed: seed is None or seed)
+    assert set(found) == {0, 1}
+
+
+def test_without_links_the_new_shards_keep_other_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: Path, target: Path) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    export(tmp_path, seed=0, shards=True)
+    monkeypatch.setattr(os, "link", refuse)
+    export(tmp_path, seed=1, shards=True)
+    assert seed_of(tmp_path) == 1
+    export(tmp_path, seed=0)
+    assert seed_of(tmp_path) == 0
+    assert [path.name for path in tmp_path.glob("model*")] == ["model.safetensors"]
+
+
+def test_what_another_living_process_exports_stays(tmp_path: Path) -> None:
+    with exporting(tmp_path, nbytes=1) as other:
+        (other / "config.json").write_text("theirs")
+        export(tmp_path, seed=0)
+        assert (other / "config.json").read_text() == "theirs"
+    assert (tmp_path / "config.json").read_text() == "theirs"
 
 
 def test_what_fails_in_the_middle_leaves_the_old_model(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import pickle
+import resource
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from bigtrain.checkpoint.dtypes import DTYPES
-from bigtrain.checkpoint.inert import Inert, read_pickle
+from bigtrain.checkpoint.inert import Inert, read_pickle, unfolds
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.checkpoint.torch_item import item_bound, write_tensor
 from bigtrain.errors import CheckpointError
@@ -98,7 +99,7 @@ def test_a_hostile_pickle_does_nothing(tmp_path: Path) -> None:
 def test_hand_made_pickle_code_does_nothing(tmp_path: Path, code: bytes) -> None:
     touched = tmp_path / "touched"
     pickled = code.replace(b"{path}", str(touched).encode())
-    assert isinstance(read_pickle(io.BytesIO(pickled), path=tmp_path), Inert)
+    assert isinstance(read_pickle(pickled, path=tmp_path), Inert)
     assert not touched.exists()
 
 
@@ -106,9 +107,44 @@ def test_a_pickle_cannot_change_what_the_next_one_means(tmp_path: Path) -> None:
     # BUILD on a class and on a type's name: state that would stick to something shared.
     poison = b"ctorch\nfloat32\n}S'qualified'\nS'torch.int8'\nsb."
     with contextlib.suppress(CheckpointError):
-        read_pickle(io.BytesIO(poison), path=tmp_path)
+        read_pickle(poison, path=tmp_path)
     torch.save(torch.ones(2), tmp_path / "x.pt")
     assert Archive(tmp_path / "x.pt").read().dtype == DTYPES["float32"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        b"\x80\x02Nr\xff\xff\xff\x7f.",
+        b"Np2147483647\n.",
+        b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".",
+        b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".",
+        b"\x80\x02T\xff\xff\xff\x7f.",
+    ],
+    ids=["LONG_BINPUT", "PUT", "BINBYTES8", "BYTEARRAY8", "BINSTRING"],
+)
+def test_a_pickle_of_few_bytes_takes_no_memory(tmp_path: Path, code: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=r"its structure can't be read .* at byte "):
+        read_pickle(code, path=tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+@pytest.mark.parametrize("memo", [200, 300, 70_000])
+def test_indexes_of_the_memo_that_a_pickler_writes_are_read(memo: int, tmp_path: Path) -> None:
+    names = [f"layer.{number}" for number in range(memo)]
+    for protocol in range(6):
+        pickled = pickle.dumps([*names, *names], protocol)
+        assert read_pickle(pickled, path=tmp_path) == [*names, *names]
+
+
+def test_values_that_unfold_without_end_are_named_in_few_words(tmp_path: Path) -> None:
+    # Fifty lists, each of which holds the one before twice.
+    nested = b"]" + b"2\x86" * 50
+    with pytest.raises(CheckpointError, match="can't be read") as refused:
+        read_pickle(b"\x80\x02" + nested + b"Q.", path=tmp_path)
+    assert len(str(refused.value)) < 1000
+    assert unfolds(read_pickle(b"\x80\x02" + nested + b".", path=tmp_path))
 
 
 @pytest.mark.parametrize("protocol", range(6))
@@ -116,7 +152,7 @@ def test_plain_values_survive_every_protocol(protocol: int, tmp_path: Path) -> N
     value = {"a": [1, -(2**70), 2.5, None, True, "ü", b"x"], "b": (1, {2}, frozenset({3}))}
     if protocol < 3:
         value["a"].pop()  # type: ignore[attr-defined]
-    assert read_pickle(io.BytesIO(pickle.dumps(value, protocol)), path=tmp_path) == value
+    assert read_pickle(pickle.dumps(value, protocol), path=tmp_path) == value
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:

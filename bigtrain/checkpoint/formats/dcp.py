@@ -9,7 +9,6 @@ say `optimizer` for `optim` (accelerate), and torchtitan, which flattens the opt
 
 from __future__ import annotations
 
-import io
 import math
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,12 @@ from bigtrain.checkpoint.dtypes import DType, dtype_named
 from bigtrain.checkpoint.index import WEIGHT, Extent, Extents, TensorEntry, TensorIndex
 from bigtrain.checkpoint.inert import (
     Inert,
+    brief,
     class_name,
     plain_record,
     read_name,
     read_pickle,
+    unfolds,
     without_collecting,
 )
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
@@ -164,12 +165,12 @@ def _read_metadata(directory: Path) -> _Directory:
         ("torch.distributed.checkpoint.metadata", "MetadataIndex"): plain_record(),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): plain_record(),
     }
-    metadata = read_pickle(io.BytesIO(data), path=path, names=many)
+    metadata = read_pickle(data, path=path, names=many)
     try:
         return _parse(directory, metadata.fields)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as fault:
         raise CheckpointError(
-            f"{path}: not the metadata of a DCP checkpoint ({fault!r})"
+            f"{path}: not the metadata of a DCP checkpoint ({brief(fault)})"
         ) from fault
 
 
@@ -179,9 +180,9 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
     for index, info in metadata["storage_data"].items():
         where = vars(info)
         if where.get("transform_descriptors"):
+            transforms = brief(where["transform_descriptors"])
             raise CheckpointError(
-                f"{directory}: stored through the transforms {where['transform_descriptors']}, "
-                "which are not known here"
+                f"{directory}: stored through the transforms {transforms}, which are not known here"
             )
         name = where["relative_path"]
         if name not in files:
@@ -257,7 +258,9 @@ def _is_row_major(stored: TensorRef) -> bool:
 def _read_groups(found: _Directory) -> tuple[Mapping[str, Any], ...] | None:
     groups: dict[str, dict[str, Any]] = {}
     for key, (owner, field) in _group_keys(found):
-        item = found.items[key, None]
+        item = found.items.get((key, None))
+        if item is None:
+            raise CheckpointError(f"{found.path}: {key} is listed but not stored")
         archive = Archive(found.files[item.file], offset=item.offset, length=item.length)
         groups.setdefault(owner, {})[field] = archive.read()
     if not groups:
@@ -271,6 +274,8 @@ def _joined_groups(by_name: Mapping[str, Mapping[str, Any]]) -> tuple[Mapping[st
     """Groups of the parameters whose hyperparameters are all the same."""
     joined: dict[str, dict[str, Any]] = {}
     for name, fields in by_name.items():
+        if unfolds(fields):
+            raise CheckpointError(f"the optimizer's options of {name} are no plain values")
         group = joined.setdefault(repr(sorted(fields.items())), {**fields, "params": []})
         group["params"].append(name)
     return tuple(joined.values())

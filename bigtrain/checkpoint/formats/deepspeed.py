@@ -22,6 +22,7 @@ from bigtrain.checkpoint.dtypes import DTYPES, DType
 from bigtrain.checkpoint.formats.deepspeed_files import Saved, read_saved
 from bigtrain.checkpoint.formats.segments import EqualVectors, Segment, extents_in
 from bigtrain.checkpoint.index import BUFFER, WEIGHT, Extent, Extents, TensorEntry, TensorIndex
+from bigtrain.checkpoint.inert import brief
 from bigtrain.checkpoint.torch_file import TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -51,7 +52,7 @@ def read_deepspeed(directory: Path) -> DeepSpeedCheckpoint:
         return _Reader(saved).read()
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as fault:
         raise CheckpointError(
-            f"{directory}: not laid out as DeepSpeed's ZeRO stage {saved.stage} is ({fault!r})"
+            f"{directory}: not laid out as DeepSpeed's ZeRO stage {saved.stage} is ({brief(fault)})"
         ) from fault
 
 

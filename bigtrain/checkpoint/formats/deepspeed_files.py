@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.inert import Inert
+from bigtrain.checkpoint.inert import Inert, brief
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -213,7 +213,7 @@ def _stage(directory: Path, state: Mapping[str, Any]) -> int:
     if stage is None and "single_partition_of_fp32_groups" in state:
         return 1  # BF16_Optimizer, which names no stage
     if stage not in (1, 2, 3):
-        raise CheckpointError(f"{directory}: ZeRO stage {stage!r} is not known here")
+        raise CheckpointError(f"{directory}: ZeRO stage {brief(stage)} is not known here")
     return int(stage)
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 from bigtrain.checkpoint.boxes import Box, box_extents
 from bigtrain.checkpoint.formats.safetensors import read_safetensors
 from bigtrain.checkpoint.index import Extents, TensorEntry, TensorIndex, merge
+from bigtrain.checkpoint.inert import brief
 from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
@@ -62,7 +63,9 @@ def read_optimizer(path: Path, *, names: Names | None = None) -> TensorIndex:
             if isinstance(value, TensorRef)
         ]
     except (KeyError, TypeError, AttributeError, ValueError) as fault:
-        raise CheckpointError(f"{path}: not the state of a torch optimizer ({fault!r})") from fault
+        raise CheckpointError(
+            f"{path}: not the state of a torch optimizer ({brief(fault)})"
+        ) from fault
     entries = {(name, kind): _entry(name, kind, value) for name, kind, value in tensors}
     return TensorIndex(files=(path,), entries=entries, param_groups=groups)
 
@@ -84,10 +87,14 @@ def _named_groups(
     return tuple(found)
 
 
+class NamesNeededError(CheckpointError):
+    """The parameters are only numbered, and whoever reads them must know their names."""
+
+
 def _given(path: Path, params: Sequence[int], names: Sequence[str] | None) -> Sequence[str]:
     if names is None or len(names) != len(params):
         theirs = "none" if names is None else str(len(names))
-        raise CheckpointError(
+        raise NamesNeededError(
             f"{path}: numbers its parameters and does not name them; its group of {len(params)} "
             f"must be this run's of {theirs}: train the same parameters in the same groups"
         )
