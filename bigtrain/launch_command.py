@@ -11,6 +11,7 @@ else                                 this machine alone
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,6 @@ from bigtrain.cluster import environment as rank_environment
 from bigtrain.cluster import local, nodes
 from bigtrain.cluster.rendezvous import RefusedError, Seat
 from bigtrain.cluster.rendezvous_address import interface_towards, is_own
-from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.cluster_flags import ClusterFlags
 from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
@@ -41,6 +41,7 @@ from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.planning.output_dir import check_not_in_use, plan_path
 from bigtrain.sections import ClusterSection
 from bigtrain.slurm import identity, time_limit
+from bigtrain.slurm.progress import Progress
 
 _RUN_FILES = (".yaml", ".yml")
 # torch warns of every peer whose address has no name.
@@ -178,14 +179,7 @@ def _on_this_node_of_step(launch: Launch) -> int:
     if asked not in (None, number):
         raise ConfigError(f"flag --nodes: {asked}, and this step of srun's has {number} nodes")
     seat = identity.read_seat(launch.environment)
-    restarts = identity.restart_count(launch.environment)
-    return _take_seat(
-        launch,
-        seat,
-        _nodes(number, "srun"),
-        is_restart=restarts > 0,
-        read_limit=lambda: time_limit.of_job(launch.environment),
-    )
+    return _take_seat(launch, seat, _nodes(number, "srun"), of_job=True)
 
 
 def _on_this_machine_of_several(launch: Launch) -> int:
@@ -207,18 +201,14 @@ def _on_this_machine_of_several(launch: Launch) -> int:
         head_names=(host,),
         port=port,
     )
-    return _take_seat(launch, seat, _nodes(number, "flag --nodes"), is_restart=False)
+    return _take_seat(launch, seat, _nodes(number, "flag --nodes"), of_job=False)
 
 
-def _take_seat(
-    launch: Launch,
-    seat: Seat,
-    number: Override,
-    *,
-    is_restart: bool,
-    read_limit: Callable[[], TimeLimit | None] | None = None,
-) -> int:
-    """Every node plans for itself; when they meet, they find out whether they plan the same."""
+def _take_seat(launch: Launch, seat: Seat, number: Override, *, of_job: bool) -> int:
+    """Every node plans for itself; when they meet, they find out whether they plan the same.
+
+    `of_job`: a job of Slurm's has started it, and may start it again.
+    """
     try:
         made = launch.plan(number)
         if not launch.dry_run:
@@ -227,7 +217,8 @@ def _take_seat(
         if seat.node_rank == 0:
             raise
         raise LaunchError(f"{seat.host}: {error}") from None
-    if is_restart:
+    environment = launch.environment
+    if of_job and identity.restart_count(environment):
         made = dataclasses.replace(made, resume="auto")
     if launch.dry_run:
         return _show(made, local.describe(made, node_rank=seat.node_rank), launch)
@@ -241,8 +232,9 @@ def _take_seat(
             plan_path(made),
             seat=seat,
             console=console,
-            inherited=launch.environment,
-            read_limit=read_limit,
+            inherited=environment,
+            record=Progress(made, environment=environment).judge if of_job else nodes.as_it_is,
+            read_limit=functools.partial(time_limit.of_job, environment) if of_job else None,
         )
     except RefusedError as error:
         return error.exit_code  # the first node has said why

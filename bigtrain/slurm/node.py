@@ -51,7 +51,7 @@ def _run(paths: list[str], environment: Mapping[str, str]) -> int:
     if seat.node_rank == 0:
         _greet(plan, restarts, console)
 
-    progress = Progress(plan, job_id=environment.get("SLURM_JOB_ID", ""), restarts=restarts)
+    progress = Progress(plan, environment=environment)
 
     def record(verdict: Verdict) -> Verdict:
         verdict = progress.judge(verdict)

@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from bigtrain.cluster.lifeline import Verdict
 from bigtrain.cluster.signals import EXIT_AGAIN
 from bigtrain.plan import RunPlan
+from bigtrain.slurm import identity
 
 EXIT_WITHOUT_PROGRESS = 1
 _COMMITTED = re.compile(r"checkpoint-(\d+)")
@@ -26,7 +28,9 @@ _COMMITTED = re.compile(r"checkpoint-(\d+)")
 class Progress:
     """Of one start of a job; made before anything is trained."""
 
-    def __init__(self, plan: RunPlan, *, job_id: str, restarts: int) -> None:
+    def __init__(self, plan: RunPlan, *, environment: Mapping[str, str]) -> None:
+        job_id = environment.get("SLURM_JOB_ID", "")
+        restarts = identity.restart_count(environment)
         self._plan = plan
         self._directory = Path(plan.output_dir)
         self._mark = self._directory / "slurm" / f"no-progress-{job_id}-{restarts}"

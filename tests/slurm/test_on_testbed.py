@@ -170,13 +170,14 @@ def test_a_node_whose_link_is_down_is_named_and_ends_its_ranks_by_itself(
 
 
 @pytest.mark.slow
-def test_a_run_on_a_node_whose_slurmd_is_killed_is_started_again(
+def test_a_run_on_a_node_whose_slurmd_is_killed_is_started_again_and_the_node_named(
     start_to_lose: Callable[..., Run],
 ) -> None:
     run = start_to_lose(PLAIN, "wait")
     run.wait_for_ranks()
     run.bed.kill_daemon(1)
     run.ended("PENDING", timeout_s=90)
+    assert "Node failure on node1" in run.text()
     assert run.bed.job(run.job_id)["Restarts"] == "1"
 
 

@@ -13,7 +13,7 @@ LOST = Verdict(code=EXIT_AGAIN, cause="node1 vanished", lost=("node1",))
 
 def _start(folder: Path, restarts: int, kind: str = "run_file") -> Progress:
     plan = make_plan(output_dir=folder, source=folder / "run.yaml", kind=kind)
-    return Progress(plan, job_id="7", restarts=restarts)
+    return Progress(plan, environment={"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)})
 
 
 def test_a_second_start_in_a_row_that_is_lost_without_a_checkpoint_is_the_last(

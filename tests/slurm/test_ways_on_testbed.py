@@ -17,7 +17,7 @@ from slurm_plans import make_plan
 from bigtrain.plan import RunPlan
 from bigtrain.slurm.jobs import cancel, list_jobs
 from bigtrain.slurm.settings import read_settings
-from bigtrain.slurm.submit import submit
+from bigtrain.slurm.submit import describe, submit
 
 if TYPE_CHECKING:
     from slurm_testbed import Testbed
@@ -73,6 +73,38 @@ def test_every_node_of_a_job_in_an_apptainer_image_enters_it(
     entered = sorted((tmp_path / "entered").read_text().splitlines())
     assert [line.split()[0] for line in entered] == ["0", "1", "2"]
     assert all(" image.sif python3 -m bigtrain.slurm.node /" in line for line in entered)
+
+
+def test_modules_are_loaded_in_order_and_then_comes_the_setup(
+    start: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path / "modules.sh"  # what a login shell of a cluster defines
+    modules.write_text('module() { LOADED="${LOADED:-} $*"; }\n')
+    monkeypatch.setenv("BASH_ENV", str(modules))
+    setup = f'echo "$LOADED" >{tmp_path}/loaded; export FROM_SETUP=yes'
+    script = 'import os, sys; open(sys.argv[1] + "/told", "w").write(os.environ["FROM_SETUP"])\n'
+    run = start(script, nodes=1, section={"modules": ["cuda/12.4", "nccl"], "setup": setup})
+    run.ended("COMPLETED")
+    assert (tmp_path / "loaded").read_text() == " load cuda/12.4 load nccl\n"
+    assert (tmp_path / "told").read_text() == "yes"
+
+
+def test_slurm_reads_the_lines_of_a_script_as_they_were_meant(bed: Testbed, tmp_path: Path) -> None:
+    comment = 'say "hello" \\ $USER #1'
+    said = {"comment": comment, "exclusive": True, "hold": True, "time": "1-02", "nice": 7}
+    plan = make_plan(
+        name="50% of 'it'", output_dir=tmp_path / "a 'b' %j", source=tmp_path / "train.py", nodes=1
+    )
+    settings = read_settings({**said, "cpus_per_task": 1})
+    script = tmp_path / "job.sbatch"
+    script.write_text(describe(plan, settings=settings))
+    job_id = bed.run("sbatch", "--parsable", script, cwd=tmp_path).stdout.strip()
+    columns = ("squeue", "--noheader", f"--jobs={job_id}", "--format=%k|%j|%l|%r|%h")
+    shown = bed.run(*columns).stdout.strip()
+    assert shown == f"{comment}|50% of 'it'|1-02:00:00|JobHeldUser|NO"
+    job = bed.run("scontrol", "show", "job", job_id).stdout
+    assert f"StdOut={tmp_path}/a 'b' %j/slurm-{job_id}.out" in job
+    bed.run("scancel", job_id)
 
 
 def test_a_job_waits_for_the_one_that_it_depends_on(
