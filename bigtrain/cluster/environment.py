@@ -72,8 +72,11 @@ def for_rank(
 
 
 def _library_defaults(plan: RunPlan) -> dict[str, str]:
-    """On one node gloo goes through the loopback: a host name need not resolve."""
-    return {"GLOO_SOCKET_IFNAME": "lo"} if plan.topology.nodes == 1 else {}
+    """On one node gloo goes through the loopback: a host name need not resolve. On several, torch
+    warns in every rank of each peer whose address has no name."""
+    if plan.topology.nodes == 1:
+        return {"GLOO_SOCKET_IFNAME": "lo"}
+    return {"TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 def flight_recorder(directory: Path) -> dict[str, str]:

@@ -58,6 +58,15 @@ class Survey:
         return self._known[name]
 
 
+def partition_names() -> str:
+    """Those that there are, for a message; empty if Slurm won't say."""
+    try:
+        text = client.call(["sinfo", "--noheader", "--format=%R"])
+    except LaunchError:
+        return ""
+    return ", ".join(dict.fromkeys(text.split()))
+
+
 def _ask(partition: str | None) -> Partition | None:
     command = ["sinfo", "--noheader", "--exact", "--format=%R|%c|%G"]
     if partition is not None:

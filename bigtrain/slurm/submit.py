@@ -20,7 +20,7 @@ from bigtrain.sections import ClusterSection
 from bigtrain.share import bundled_file
 from bigtrain.slurm import client
 from bigtrain.slurm.client import NoAnswerError
-from bigtrain.slurm.partition import Survey
+from bigtrain.slurm.partition import Survey, partition_names
 from bigtrain.slurm.provenance import CodeState, hash_file, read_code_state, read_diff
 from bigtrain.slurm.record import SubmissionRecord, record_path, remember
 from bigtrain.slurm.script import JobRequest, render, sbatch_flags, sbatch_options
@@ -76,7 +76,8 @@ def submit(
     claimed: list[RunPlan] = []
     try:
         record, notes = _write(request, text, code=code, snapshot=snapshot, claimed=claimed)
-        printed = _queue(Path(record.script), sbatch_flags(request), cwd=cwd)
+        notes += _jobs_in_the_way(request)
+        printed = _queue(Path(record.script), request, cwd=cwd)
     except NoAnswerError as error:  # all is left as it is: the job may be in the queue
         raise LaunchError(
             f"{error}\nthe job may have been taken all the same: squeue --me"
@@ -289,6 +290,33 @@ def _record(
     )
 
 
-def _queue(script: Path, flags: Sequence[str], *, cwd: Path) -> str:
+def _queue(script: Path, request: JobRequest, *, cwd: Path) -> str:
     """What sbatch printed: the job's number, and `;cluster` behind it where it was told of one."""
-    return client.call(["sbatch", "--parsable", *flags, str(script)], cwd=cwd).strip()
+    command = ["sbatch", "--parsable", *sbatch_flags(request), str(script)]
+    try:
+        return client.call(command, cwd=cwd).strip()
+    except NoAnswerError:
+        raise
+    except LaunchError as error:
+        asked, known = request.settings.options.get("partition"), partition_names()
+        if asked is None or not known or set(asked.split(",")) <= set(known.split(", ")):
+            raise
+        raise LaunchError(f"{error}\nthere is no partition {asked}; there are {known}") from None
+
+
+def _jobs_in_the_way(request: JobRequest) -> list[str]:
+    """An earlier job of the same run that has not ended: only one at a time can write there."""
+    if "dependency" in request.settings.options:
+        return []
+    folder = record_path(request.plan.output_dir, request.plan.attempt).parent
+    earlier = [SubmissionRecord.read(path) for path in sorted(folder.glob("attempt-*.json"))]
+    numbers = [record.job_id for record in earlier if record and record.job_id]
+    for number in numbers[-1:]:
+        with contextlib.suppress(LaunchError):
+            state = client.call(["squeue", "--noheader", "--format=%T", f"--jobs={number}"])
+            if state.strip():
+                return [
+                    f"job {number} ({state.split()[0]}) writes to the same output_dir; while it "
+                    f"runs this one can't (--sbatch dependency=afterany:{number} makes it wait)"
+                ]
+    return []

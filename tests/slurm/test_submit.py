@@ -272,3 +272,29 @@ def test_a_git_that_is_slow_keeps_no_node_waiting(
     then = provenance.CodeState(root=str(folder), commit="0" * 40)
     with pytest.raises(LaunchError, match=r"git rev-parse has not answered for 0\.2 s"):
         provenance.changes(then, patience_s=0.2)
+
+
+def test_a_second_job_for_the_same_directory_is_said(folder: Path) -> None:
+    again = ["--slurm", "--set", "training.overwrite_output_dir=true"]
+    _command(folder.parent, "squeue", "#!/bin/bash\n[ $3 = --jobs=123 ] && echo RUNNING\n")
+    assert "note:" not in _launch(folder, *again).stderr
+
+    done = _launch(folder, *again)
+    assert done.returncode == 0
+    assert done.stderr == (
+        "note: job 123 (RUNNING) writes to the same output_dir; while it runs this one can't "
+        "(--sbatch dependency=afterany:123 makes it wait)\n"
+    )
+    assert "note:" not in _launch(folder, *again, "--sbatch", "dependency=afterany:124").stderr
+    (folder.parent / "bin" / "squeue").unlink()
+    assert "note:" not in _launch(folder, *again).stderr
+
+
+def test_a_partition_that_is_not_there_is_told_with_those_that_are(folder: Path) -> None:
+    (folder.parent / "refuse").touch()
+    _command(folder.parent, "sinfo", "#!/bin/bash\nprintf 'cpu\\nlong\\ncpu\\n'\n")
+    done = _launch(folder, "--slurm", "--partition", "gpu")
+    assert done.returncode == 5
+    assert "there is no partition gpu; there are cpu, long\n" in done.stderr
+    done = _launch(folder, "--slurm", "--partition", "cpu")
+    assert "there is no partition" not in done.stderr

@@ -93,7 +93,7 @@ def test_slurm_reads_the_lines_of_a_script_as_they_were_meant(bed: Testbed, tmp_
     comment = 'say "hello" \\ $USER #1'
     said = {"comment": comment, "exclusive": True, "hold": True, "time": "1-02", "nice": 7}
     plan = make_plan(
-        name="50% of 'it'", output_dir=tmp_path / "a 'b' %j", source=tmp_path / "train.py", nodes=1
+        name="50% of 'it'", output_dir=tmp_path / "a 'b' #c", source=tmp_path / "train.py", nodes=1
     )
     settings = read_settings({**said, "cpus_per_task": 1})
     script = tmp_path / "job.sbatch"
@@ -103,7 +103,7 @@ def test_slurm_reads_the_lines_of_a_script_as_they_were_meant(bed: Testbed, tmp_
     shown = bed.run(*columns).stdout.strip()
     assert shown == f"{comment}|50% of 'it'|1-02:00:00|JobHeldUser|NO"
     job = bed.run("scontrol", "show", "job", job_id).stdout
-    assert f"StdOut={tmp_path}/a 'b' %j/slurm-{job_id}.out" in job
+    assert f"StdOut={tmp_path}/a 'b' #c/slurm-{job_id}.out" in job
     bed.run("scancel", job_id)
 
 
