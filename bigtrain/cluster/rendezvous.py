@@ -29,13 +29,15 @@ from bigtrain.errors import LaunchError
 DEFAULT_DEADLINE_S = 600.0
 
 _HELLO_S, _HANDSHAKE_S = 3.0, 10.0
-_SHORTEST_KNOCK_S, _LONGEST_KNOCK_S = 0.5, 3.0
+_SHORTEST_KNOCK_S, _LONGEST_KNOCK_S, _ANOTHER_KNOCK_S = 0.5, 3.0, 0.1
 _SHORTEST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 1.0
 _AFTER_DEADLINE_S = 30.0
 """The first node's clock decides; the others give it this long to say what it decided."""
 _COME_BACK_S = 60.0
 """How long a node looks again for a first node that it has met and lost."""
 
+Place: TypeAlias = tuple[str, int]
+"""An address and a port."""
 Decide: TypeAlias = Callable[["Sequence[Member]"], Mapping[str, Any]]
 
 
@@ -152,7 +154,7 @@ class _Guest:
         self._seat = seat
         self._started = time.monotonic()
         self._deadline = self._started + seat.deadline_s
-        self._silent: set[tuple[str, int]] = set()
+        self._silent: set[Place] = set()
         """Places where something answers that is not ours: tried last."""
         self._instance = secrets.token_hex(8)
         """Tells this process that comes again from another one of the same rank."""
@@ -173,13 +175,12 @@ class _Guest:
     def refuse_twin(self) -> None:
         """LaunchError, here and there, if another first node of this run listens already."""
         addresses = rendezvous_address.resolve(self._seat.head_names)
-        for port in self._seat.ports:
-            found = self._try_port(addresses, port, _SHORTEST_KNOCK_S)
-            if found is not None:
-                connection, reader, _ = found
-                with connection:
-                    answer = self._introduce(connection, reader, self._introduction({}, {}))
-                raise LaunchError(str(answer.get("refused")))
+        found = self._try(addresses, _SHORTEST_KNOCK_S)
+        if found is not None:
+            connection, reader, _ = found
+            with connection:
+                answer = self._introduce(connection, reader, self._introduction({}, {}))
+            raise LaunchError(str(answer.get("refused")))
 
     def _join_once(self, facts: Callable[[], Mapping[str, Any]]) -> Joined:
         connection, reader, addresses = self._dial()
@@ -237,10 +238,9 @@ class _Guest:
         patience, pause = _SHORTEST_KNOCK_S, _SHORTEST_PAUSE_S
         while True:
             addresses = rendezvous_address.resolve(self._seat.head_names)
-            for port in self._seat.ports:
-                found = self._try_port(addresses, port, patience)
-                if found is not None:
-                    return found
+            found = self._try(addresses, patience)
+            if found is not None:
+                return found
             if time.monotonic() > self._deadline:
                 raise self._no_head(addresses)
             # Thousands of nodes must not knock in step.
@@ -248,17 +248,19 @@ class _Guest:
             patience = min(_LONGEST_KNOCK_S, 2 * patience)
             pause = min(_LONGEST_PAUSE_S, 2 * pause)
 
-    def _try_port(
-        self, addresses: Sequence[str], port: int, patience: float
+    def _try(
+        self, addresses: Sequence[str], patience: float
     ) -> tuple[socket.socket, LineReader, list[str]] | None:
-        places = sorted(addresses, key=lambda address: (address, port) in self._silent)
-        opened = _knock(places, port, patience)
+        """All places at once: one that swallows what is sent to it holds up no other."""
+        places = [(address, port) for port in self._seat.ports for address in addresses]
+        places.sort(key=lambda place: place in self._silent)
+        opened = _knock(places, patience, enough=lambda place: place not in self._silent)
         try:
-            for address in [address for address in places if address in opened]:
+            for place in [place for place in places if place in opened]:
                 with contextlib.suppress(OSError, ValueError, KeyError):
-                    reader, listening = _prove(opened[address], self._seat.token)
-                    return opened.pop(address), reader, listening
-                self._silent.add((address, port))
+                    reader, listening = _prove(opened[place], self._seat.token)
+                    return opened.pop(place), reader, listening
+                self._silent.add(place)
             return None
         finally:
             for connection in opened.values():
@@ -268,8 +270,8 @@ class _Guest:
         """The first node's addresses that can be dialled from here → the own address used."""
         used, port = connection.getpeername()[:2]
         reaches = {used: connection.getsockname()[0]}
-        opened = _knock([a for a in listening if a != used], port, _LONGEST_KNOCK_S)
-        for address, probe in opened.items():
+        opened = _knock([(a, port) for a in listening if a != used], _LONGEST_KNOCK_S)
+        for (address, _), probe in opened.items():
             with probe, contextlib.suppress(OSError, ValueError, KeyError):
                 _prove(probe, self._seat.token)
                 reaches[address] = probe.getsockname()[0]
@@ -291,27 +293,32 @@ class _Guest:
         )
 
 
-def _knock(addresses: Sequence[str], port: int, patience: float) -> dict[str, socket.socket]:
-    """Connections to all addresses that answer within `patience`, opened side by side."""
-    opened: dict[str, socket.socket] = {}
+def _knock(
+    places: Sequence[Place], patience: float, *, enough: Callable[[Place], bool] | None = None
+) -> dict[Place, socket.socket]:
+    """Connections to all places that answer within `patience`, opened side by side; once one that
+    is `enough` has, the others are hardly waited for."""
+    opened: dict[Place, socket.socket] = {}
     limit = time.monotonic() + patience
     with selectors.DefaultSelector() as selector:
-        for address in addresses:
-            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        for place in places:
+            family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
             connection = socket.socket(family, socket.SOCK_STREAM)
             connection.setblocking(False)
-            connection.connect_ex((address, port))
-            selector.register(connection, selectors.EVENT_WRITE, address)
+            connection.connect_ex(place)
+            selector.register(connection, selectors.EVENT_WRITE, place)
         while selector.get_map() and (left := limit - time.monotonic()) > 0:
             for key, _ in selector.select(left):
                 selector.unregister(key.fileobj)
                 _sort_in(key, opened)
+                if enough is not None and key.data in opened and enough(key.data):
+                    limit = min(limit, time.monotonic() + _ANOTHER_KNOCK_S)
         for key in selector.get_map().values():
             key.fileobj.close()  # type: ignore[union-attr]
     return opened
 
 
-def _sort_in(key: selectors.SelectorKey, opened: dict[str, socket.socket]) -> None:
+def _sort_in(key: selectors.SelectorKey, opened: dict[Place, socket.socket]) -> None:
     connection = key.fileobj
     assert isinstance(connection, socket.socket)
     if connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:

@@ -111,19 +111,30 @@ class Head:
         """The first of the job's ports that is free at all addresses of this node."""
         for port in self._seat.ports:
             try:
-                for address in self._addresses:
-                    self._listeners[address] = _listening_socket(address, port)
+                for address in list(self._addresses):
+                    self._listen_at(address, port)
                 return port
             except OSError as error:
                 for listener in self._listeners.values():
                     listener.close()
                 self._listeners.clear()
-                if error.errno not in (errno.EADDRINUSE, errno.EACCES):
-                    raise LaunchError(f"can't listen at {self._addresses}: {error}") from error
+                if error.errno != errno.EADDRINUSE:
+                    where = f"{', '.join(self._addresses)}, port {port}"
+                    raise LaunchError(f"can't listen at {where}: {error.strerror}") from error
         raise LaunchError(
             f"{self._seat.host} can't listen for the other nodes: the ports "
             f"{', '.join(map(str, self._seat.ports))} are all taken"
         )
+
+    def _listen_at(self, address: str, port: int) -> None:
+        """At an address that can be had; one that is not ready yet is done without."""
+        try:
+            self._listeners[address] = _listening_socket(address, port)
+        except OSError as error:
+            is_alone = len(self._addresses) == 1
+            if is_alone or error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            self._addresses.remove(address)
 
     def _await_all(self) -> None:
         limit = self._started + self._seat.deadline_s

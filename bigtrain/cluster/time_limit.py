@@ -17,7 +17,8 @@ _SHORTEST_LEAD_S = 120.0
 _SAVES_AHEAD = 2
 _LARGEST_SHARE = 0.5
 """Of the whole time limit: a lead as long as the limit would end every start as it begins."""
-_LOOK_EVERY_S = 30.0
+_LOOK_EVERY_S = 5.0
+"""At most; far from the limit less often, since a look asks for all files of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +72,7 @@ def watched(
                     notify(f"the time limit is {max(0.0, left):.0f} s away: saving")
                     return
                 limit = later
-            elif is_over.wait(min(_LOOK_EVERY_S, left - ahead)):
+            elif is_over.wait(min(left - ahead, max(_LOOK_EVERY_S, (left - ahead) / 4))):
                 return
 
     thread = threading.Thread(target=watch, name="time-limit", daemon=True)

@@ -181,7 +181,10 @@ def gpus_of_nodes(cluster: ClusterSection, *, survey: Survey) -> int:
     None of them if none of the partition's nodes has any; where only some have, the job is given
     those. This machine's own are not looked at.
     """
-    settings = read_settings(cluster.slurm)
+    try:
+        settings = read_settings(cluster.slurm)
+    except ConfigError:
+        return cluster.procs_per_node or 0  # it is told where the section itself is read
     if settings.gpus_per_node is not None:
         return settings.gpus_per_node
     partition = survey.partition(settings.options.get("partition"))

@@ -18,6 +18,7 @@ import pytest
 from bigtrain.cluster import rendezvous, rendezvous_head
 from bigtrain.cluster.rendezvous import Joined, Member, RefusedError, Seat, join
 from bigtrain.cluster.rendezvous_address import (
+    LocalAddress,
     candidate_ports,
     listening_addresses,
     local_addresses,
@@ -285,6 +286,33 @@ def test_a_first_node_that_was_met_and_is_gone_is_named(monkeypatch: pytest.Monk
                     head._serve(key.fileobj)
         text = str(guest.exception())
     assert re.search(r"rack1 \(node 1\) lost the first node \(rack0\) .*, and did not find", text)
+
+
+def test_an_address_that_swallows_everything_holds_up_no_other() -> None:
+    places = seats(2, head_names=("127.0.0.2", "127.0.0.1"))
+    with contextlib.ExitStack() as stack:
+        for port in places[0].ports:  # with its queue full, the kernel drops what knocks
+            hole = stack.enter_context(socket.create_server(("127.0.0.2", port), backlog=0))
+            for _ in range(2):
+                knocker = stack.enter_context(socket.socket())
+                knocker.setblocking(False)
+                knocker.connect_ex(hole.getsockname())
+        with closed_after(meet(places, delays={0: 1.5})) as results:
+            assert {joined.address for joined in results} == {"127.0.0.1"}
+            assert results[1].seconds < 12
+
+
+def test_an_address_that_can_not_be_listened_at_is_done_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone = LocalAddress(address="192.0.2.1", interface="gone0")
+    here = LocalAddress(address="127.0.0.1", interface="lo")
+    monkeypatch.setattr(
+        "bigtrain.cluster.rendezvous_address.listening_addresses",
+        lambda expected, *, interface: [gone, here],
+    )
+    with closed_after(meet(seats(2))) as results:
+        assert {joined.address for joined in results} == {"127.0.0.1"}
 
 
 def test_nodes_meet_over_ipv6() -> None:
