@@ -61,7 +61,7 @@ class Run:
     def environment(self) -> Mapping[str, str]:
         return {"XDG_STATE_HOME": str(self.state_home)}
 
-    def ended(self, *states: str, timeout_s: float = 90.0) -> dict[str, str]:
+    def ended(self, *states: str, timeout_s: float = 150.0) -> dict[str, str]:
         try:
             return self.bed.wait_for(self.job_id, *states, timeout_s=timeout_s)
         except AssertionError as error:
@@ -72,7 +72,7 @@ class Run:
     def text(self) -> str:
         return self.log.read_text()
 
-    def wait_for_ranks(self, *, restarted: bool = False, timeout_s: float = 60.0) -> None:
+    def wait_for_ranks(self, *, restarted: bool = False, timeout_s: float = 120.0) -> None:
         """Until every rank has begun."""
         limit = time.monotonic() + timeout_s
         names = [f"started-{k}-{int(restarted)}" for k in range(self.plan.topology.world_size)]
