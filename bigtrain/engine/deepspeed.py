@@ -192,6 +192,12 @@ class DeepSpeedEngine:
         """Stage 3: as each parameter arrives, keep this rank's slice of it."""
         import deepspeed
 
+        scalars = [name for name, one in named_parameters(model).items() if one.ndim == 0]
+        if scalars:
+            raise UnsupportedError(
+                f"DeepSpeed can't cut parameters without dims ({', '.join(scalars)}); use engine "
+                "zero2 or ddp"
+            )
         cutter = deepspeed.zero.Init(config_dict_or_path=dict(self._settings.json), dtype=compute)
         fine: dict[int, tuple[int, Tensor]] = {}
         for parameter in spreader.parameters(model):
@@ -214,12 +220,13 @@ class DeepSpeedEngine:
     ) -> nn.Module:
         import deepspeed
 
-        self._deepspeed, _, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            config=dict(self._settings.json),
-            dist_init_required=False,
-        )
+        with _scalars_can_be_broadcast():
+            self._deepspeed, _, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                config=dict(self._settings.json),
+                dist_init_required=False,
+            )
         self._state = ZeroState(
             model,
             self._deepspeed.optimizer,
@@ -275,3 +282,26 @@ def _start_deepspeed(world: RankInfo, device: torch.device) -> None:
     # compilation leaves behind makes every later start wait for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def _scalars_can_be_broadcast() -> Iterator[None]:
+    """DeepSpeed 0.19 sends parameters as bytes, and a tensor without dims (CLIP's `logit_scale`)
+    can't be viewed as such: meanwhile it has one."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    broadcast = DeepSpeedEngine._broadcast_model
+
+    def broadcast_scalars_too(engine: Any) -> None:
+        scalars = [parameter for parameter in engine.module.parameters() if parameter.ndim == 0]
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        broadcast(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    DeepSpeedEngine._broadcast_model = broadcast_scalars_too
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model = broadcast

@@ -79,6 +79,8 @@ to do instead.
   state must be as it was written.
 - **Data without a length that is read in several passes** goes on within its pass at a resume;
   transformers' starts it anew.
+- **The last window of such data**, when it is short of `gradient_accumulation_steps`, makes a
+  step; transformers' carries its gradients into the next pass.
 """
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
 from tests.engine.harness import run_ranks
-from tests.trainer.samples import Sentences, losses, trainer
+from tests.trainer.samples import Points, Regression, Sentences, losses, trainer
 
 STEPS = 6
 ENGINES: dict[str, dict[str, Any]] = {
@@ -112,3 +114,35 @@ def test_a_checkpoint_goes_from_engine_to_engine(
     torch.testing.assert_close(
         torch.tensor(rest.losses), torch.tensor(reference.losses), rtol=1e-6, atol=0
     )
+
+
+class Scaled(Regression):
+    """With a parameter that has no dims, as CLIP's `logit_scale`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
+        return super().forward(self.scale * x, labels)
+
+
+def _train_scaled(world: RankInfo, folder: str) -> list[list[float]]:
+    found = []
+    for stage in (0, 1, 2):
+        engine = {"deepspeed": {"zero_optimization": {"stage": stage}}} if stage else {}
+        run = trainer(f"{folder}/{stage}", model=Scaled(), data=Points(12), **engine)
+        run.train()
+        found.append([loss for loss, _ in losses(run)])
+        run.engine.close()
+    third = {"deepspeed": {"zero_optimization": {"stage": 3}}}
+    with pytest.raises(UnsupportedError, match=r"without dims \(scale\); use engine zero2"):
+        trainer(f"{folder}/3", model=Scaled(), data=Points(12), **third).train()
+    return found
+
+
+def test_a_parameter_without_dims_is_trained_by_zero_or_refused(tmp_path: Path) -> None:
+    ((alone, *by_stage),) = run_ranks(1, _train_scaled, str(tmp_path))
+    assert len(by_stage) == 2 and len(set(alone)) == 6
+    for figures in by_stage:
+        assert figures == pytest.approx(alone, rel=1e-5)
