@@ -16,7 +16,7 @@ from bigtrain.memory_report import comparison
 from bigtrain.plan import RunPlan
 from bigtrain.plan_diff import differences, recorded_plan
 from bigtrain.plan_report import report, table
-from bigtrain.planning import Request, Surroundings, compare_engines, make_plan, missing_of
+from bigtrain.planning import Request, Surroundings, compare_engines, make_plan, missing_of, nvme
 from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.forecast import Forecast, forecast, model_of, read_bytes
@@ -65,7 +65,8 @@ def show(question: Question, *, as_json: bool) -> str:
     found = _forecast(plan, question) if plan.kind == "run_file" else None
     if not as_json:
         missing = missing_of(question.request(), question.surroundings())
-        return report(plan, found, missing=missing, shows_all=question.shows_all)
+        refused = list(nvme.refusals(plan))
+        return report(plan, found, missing=missing, refused=refused, shows_all=question.shows_all)
     return json.dumps(plan_as_json(plan, found), indent=2)
 
 

@@ -23,17 +23,19 @@ def report(
     forecast: Forecast | None = None,
     *,
     missing: Sequence[str] = (),
+    refused: Sequence[str] = (),
     shows_all: bool = False,
 ) -> str:
     """The plan for people: processes, values with their origins, the engine, memory and disk as
     far as they are forecast, and the fate of what is not at its default.
 
-    `missing`: what the run file names and is not on this machine. `shows_all`: what is at its
-    default as well.
+    `missing`: what the run file names and is not on this machine. `refused`: why a launch would
+    be. `shows_all`: what is at its default as well.
     """
     blocks: list[tuple[str, list[tuple[str, ...]]]] = [
         ("Run", _run_rows(plan)),
         *(memory_report.blocks(forecast) if forecast else ()),
+        ("Launch will refuse it", [(what,) for what in refused]),
         ("Missing on this machine", [(what,) for what in missing]),
         ("Values", _value_rows(plan)),
         ("Engine", _engine_rows(plan)),

@@ -22,7 +22,7 @@ from bigtrain.engine.state import load_groups, named_parameters, optimized_names
 from bigtrain.engine.zero_state import ZeroState
 from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.topology import RankInfo
-from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, uses_nvme
+from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, unsaved
 
 
 class DeepSpeedEngine:
@@ -37,10 +37,9 @@ class DeepSpeedEngine:
             raise UnsupportedError(
                 f"engine {config.name}: DeepSpeed has no fp16 on a CPU; use bf16, or engine fsdp"
             )
-        if uses_nvme(config):
+        if why := unsaved(config):
             raise UnsupportedError(
-                f"engine {config.name}: state that DeepSpeed keeps on NVMe can't be saved here; "
-                "offload to cpu"
+                f"engine {config.name}: {why} can't be saved here; offload all of it to cpu"
             )
         self.name: str = config.name
         self.device = device

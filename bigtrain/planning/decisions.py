@@ -17,7 +17,7 @@ from bigtrain.arguments.values import nearest
 from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.layers import in_order
 from bigtrain.plan import RunPlan
-from bigtrain.planning import automatic, preloading
+from bigtrain.planning import automatic, nvme, preloading
 from bigtrain.planning.batch_size import Accumulation, accumulation
 from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.launching import launching, place, resume
@@ -29,7 +29,7 @@ from bigtrain.planning.script_plan import plan_script
 from bigtrain.run_config import Reading, RunConfig, read_run_config
 from bigtrain.share import bundled
 from bigtrain.translate import foreign, translate
-from bigtrain.translate.config import ArgumentFate, Translation, uses_nvme
+from bigtrain.translate.config import ArgumentFate, Translation
 
 _RUN_FILES = (".yaml", ".yml")
 
@@ -37,14 +37,36 @@ _RUN_FILES = (".yaml", ".yml")
 def make_plan(request: Request, surroundings: Surroundings) -> RunPlan:
     """The plan of the run that was asked for. ConfigError tells all that stands against it."""
     target = _find_target(request.target, surroundings.working_dir)
-    if target.suffix not in _RUN_FILES:
-        return plan_script(target, request, surroundings)
+    if target.suffix in _RUN_FILES:
+        plan = _plan_run_file(target, request, surroundings)
+    else:
+        plan = plan_script(target, request, surroundings)
+    if not surroundings.is_rehearsal:
+        nvme.refuse(
+            plan, surroundings.environment, is_elsewhere=surroundings.gpus_of_nodes is not None
+        )
+    return plan
+
+
+def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -> RunPlan:
     if request.script_args:
         raise ConfigError(
             f"{request.target} is a run file and takes no arguments "
             f"({' '.join(request.script_args)}); use --set section.key=value"
         )
-    return _plan_run_file(target, request, surroundings)
+    reading = _read(target, request, surroundings)
+    if reading.config is None:
+        raise ConfigError(reading.faults)
+    try:
+        plan = _planned(reading.config, target, request, surroundings)
+    except ConfigError as error:
+        more = [fault for fault in error.faults if not reading.follows(fault)]
+        raise type(error)(in_order([*reading.faults, *more])) from error
+    if reading.faults:
+        raise ConfigError(reading.faults)
+    if not surroundings.is_rehearsal:
+        check_output_dir(plan)
+    return plan
 
 
 def _find_target(name: str, working_dir: Path) -> Path:
@@ -60,23 +82,6 @@ def _find_target(name: str, working_dir: Path) -> Path:
     if found.suffix not in (*_RUN_FILES, ".py"):
         raise ConfigError(f"{name}: give a run file (.yaml) or a script (.py)")
     return found
-
-
-def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -> RunPlan:
-    reading = _read(target, request, surroundings)
-    if reading.config is None:
-        raise ConfigError(reading.faults)
-    try:
-        plan = _planned(reading.config, target, request, surroundings)
-    except ConfigError as error:
-        more = [fault for fault in error.faults if not reading.follows(fault)]
-        raise type(error)(in_order([*reading.faults, *more])) from error
-    if reading.faults:
-        raise ConfigError(reading.faults)
-    if not surroundings.is_rehearsal:
-        check_output_dir(plan)
-        _refuse_nvme(plan)
-    return plan
 
 
 def _load(target: Path, request: Request, surroundings: Surroundings) -> RunConfig:
@@ -229,16 +234,6 @@ def _filled(config: RunConfig, reading: Reading) -> Reading:
 def _at_deepspeed(faults: Sequence[str], config: RunConfig) -> list[str]:
     place = config.origins.get("training.deepspeed")
     return [f"{place}: {why}" if place else why for why in faults]
-
-
-def _refuse_nvme(plan: RunPlan) -> None:
-    """State that DeepSpeed keeps on NVMe can't be saved by the engine; its own checkpoints can."""
-    if uses_nvme(plan.engine):
-        raise UnsupportedError(
-            "engine: offload to nvme works for scripts with transformers' Trainer, whose "
-            "checkpoints are DeepSpeed's own; a run file's checkpoints can't be written from NVMe, "
-            "so it is planned (bigtrain plan) and not started: offload to cpu"
-        )
 
 
 def _as_shown(target: Path, surroundings: Surroundings) -> str:

@@ -97,6 +97,18 @@ def uses_nvme(config: EngineConfig) -> bool:
     return any((part or {}).get("device") == "nvme" for part in parts)
 
 
+def unsaved(config: EngineConfig) -> str:
+    """What DeepSpeed keeps elsewhere than in the optimizer that the loop made, so that the loop's
+    checkpoints would not have it; empty for nothing."""
+    if not isinstance(config.settings, DeepSpeedSettings):
+        return ""
+    if uses_nvme(config):
+        return "what DeepSpeed keeps on NVMe"
+    section = config.settings.json["zero_optimization"].get("offload_optimizer") or {}
+    ratio = section.get("ratio", 1.0)
+    return f"the two optimizers of offload_optimizer.ratio {ratio}" if ratio < 1 else ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ArgumentFate:
     """What became of one TrainingArguments field."""

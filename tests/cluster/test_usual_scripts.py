@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bigtrain.data.byte_tokenizer import make_byte_tokenizer
+from bigtrain.planning import nvme
 
 _SCRIPTS = Path(__file__).parent.parent / "scripts"
 _KINDS = {"fsdp": "DistributedType.FSDP", "zero3": "DistributedType.DEEPSPEED"}
@@ -30,34 +32,40 @@ _OTHER_ENGINE_FIRST = ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """With a model, its tokenizer and a text in it."""
-    torch.manual_seed(0)
-    tokenizer = make_byte_tokenizer()
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    _write_model(tmp_path, hidden_size=32)
     lines = (f"the number {i} is followed by {i + 1}" for i in range(120))
     (tmp_path / "text.txt").write_text("\n".join(lines))
     return tmp_path
 
 
-def _launch(script: str, engine: str, folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """What each of two ranks wrote down."""
+def _write_model(folder: Path, *, hidden_size: int) -> None:
+    torch.manual_seed(0)
+    tokenizer = make_byte_tokenizer()
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def _launch(
+    script: str, engine: str, folder: Path, *arguments: str, flags: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """What each of two ranks wrote down. `flags` are bigtrain's own."""
     command = [sys.executable, "-m", "bigtrain", "launch", str(_SCRIPTS / script)]
-    command += ["--engine", engine, "--procs-per-node", "2", "--output-dir", "logs"]
+    command += ["--engine", engine, "--procs-per-node", "2", "--output-dir", "logs", *flags]
     done = subprocess.run(
         [*command, "--", "--output_dir", str(folder / "out"), *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(_SCRIPTS.parent.parent)},
-        timeout=300,
+        timeout=900,  # DeepSpeed may compile
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -122,6 +130,27 @@ def test_a_script_like_run_clm_trains_goes_on_evaluates_and_saves(
 
 def _state(folder: Path) -> str:
     return (folder / "out/trainer_state.json").read_text()
+
+
+@pytest.mark.slow
+def test_an_optimizer_on_nvme_trains_as_one_in_memory_and_is_saved(folder: Path) -> None:
+    if why := nvme.lacking(os.environ):
+        pytest.skip(why)
+    _write_model(folder, hidden_size=320)  # DeepSpeed keeps what is less than a MiB in memory
+    said = ["--model_name_or_path", "model", "--train_file", "text.txt"]
+    said += ["--validation_file", "text.txt", "--do_train", "--max_steps", "3", "--save_steps", "2"]
+    said += ["--per_device_train_batch_size", "2", "--logging_steps", "1", "--report_to", "none"]
+    disk = folder / "disk"
+    disk.mkdir()
+    flags = ["--set", "engine.offload_optimizer=nvme", "--set", f"engine.nvme_path={disk}"]
+
+    in_memory = _launch("run_clm.py", "zero3", folder, *said)
+    shutil.rmtree(folder / "out")
+    on_disk = _launch("run_clm.py", "zero3", folder, *said, flags=flags)
+
+    assert on_disk[0]["losses"] == pytest.approx(in_memory[0]["losses"], rel=1e-6)
+    assert list(disk.rglob("rank1/exp_avg_sq-*.swp"))
+    assert list(folder.rglob("checkpoint-2/**/offloaded_tensors/rank01/*"))
 
 
 @pytest.mark.parametrize("engine", _OTHER_ENGINE_FIRST)

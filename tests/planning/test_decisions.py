@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from bigtrain.cluster import threads
-from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.errors import BigtrainError, ConfigError, UnsupportedError
 from bigtrain.layers import parse_assignment
 from bigtrain.plan import RunPlan, write_plan
 from bigtrain.planning import Request, Surroundings, make_plan
@@ -480,12 +481,63 @@ def test_hybrid_sharding_cuts_within_each_node(folder: Path) -> None:
 def test_nvme_is_for_scripts_of_others(folder: Path) -> None:
     assignments = ("engine.name=zero3", "engine.offload_optimizer=nvme", "engine.nvme_path=/local")
 
-    assert "offload to nvme works for scripts" in _fault(folder, *assignments)
+    assert _fault(folder, *assignments) == (
+        "engine: a run file's checkpoints can't hold what DeepSpeed keeps on NVMe, so it is "
+        "planned and not started: offload all of it to cpu, or use a script with transformers' "
+        "Trainer, whose checkpoints are DeepSpeed's own"
+    )
     (folder / "train.py").write_text("from transformers import Trainer\n")
-    plan = _make(folder, *assignments, target="train.py")
+    plan = _make(folder, *assignments, target="train.py", is_rehearsal=True)
     told = json.loads(plan.environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"])
     assert told["zero_optimization"]["offload_optimizer"]["device"] == "nvme"
     assert told["zero_optimization"]["offload_optimizer"]["nvme_path"] == "/local"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "why"),
+    [
+        ("#!/bin/sh\nexit 1\n", "against libaio, which was not found here"),
+        (None, "there is no compiler (made-up-c++)"),
+    ],
+)
+def test_a_machine_that_can_not_build_what_nvme_needs_is_told_before_anything_starts(
+    folder: Path, compiler: str | None, why: str
+) -> None:
+    (folder / "train.py").write_text("from transformers import Trainer\n")
+    program = folder / "c++"
+    if compiler is not None:
+        program.write_text(compiler)
+        program.chmod(0o755)
+    environment = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "PATH": "/usr/bin:/bin",
+        "CXX": str(program) if compiler else "made-up-c++",
+    }
+    said = ("engine.name=zero3", "engine.offload_optimizer=nvme", "engine.nvme_path=/local")
+    said += ("cluster.procs_per_node=1",)
+    request = Request(target="train.py", overrides=tuple(parse_assignment(text) for text in said))
+    here = Surroundings(environment=environment, working_dir=folder)
+
+    with pytest.raises(UnsupportedError) as raised:
+        make_plan(request, here)
+
+    (told,) = raised.value.faults
+    assert told.startswith("engine: offload to nvme: DeepSpeed compiles an operator for it")
+    assert why in told
+    assert "install libaio-dev" in told
+    # What other machines have, this one can't tell.
+    make_plan(request, dataclasses.replace(here, gpus_of_nodes=lambda cluster: 0))
+
+
+def test_partial_offload_is_refused_where_its_state_would_not_be_saved(folder: Path) -> None:
+    given = {
+        "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}
+    }
+    (folder / "ds.json").write_text(json.dumps(given))
+
+    assert "can't hold the two optimizers of offload_optimizer.ratio 0.3" in _fault(
+        folder, f"training.deepspeed={folder}/ds.json"
+    )
 
 
 def test_what_a_script_with_bigtrain_s_trainer_says_itself_is_refused(folder: Path) -> None:
