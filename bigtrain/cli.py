@@ -80,6 +80,10 @@ AccelerateConfig = Annotated[
     str | None,
     typer.Option("--accelerate-config", metavar="FILE", help="An accelerate config to follow."),
 ]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option("--device-memory", metavar="SIZE", help="Plan for GPUs of this size, as 80GiB."),
+]
 All = Annotated[bool, typer.Option("--all", help="Show arguments at their defaults too.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -182,9 +186,10 @@ def launch(
     ] = None,
     deepspeed: DeepSpeedJson = None,
     accelerate_config: AccelerateConfig = None,
+    device_memory: DeviceMemory = None,
     no_memory_check: Annotated[
         bool,
-        typer.Option("--no-memory-check", help="Start a run that the plan says is too large here."),
+        typer.Option("--no-memory-check", help="Start a run that the plan says is too large."),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan and the commands; start nothing.")
@@ -210,6 +215,7 @@ def launch(
     with _faults_told(as_json=as_json):
         from bigtrain.launch_command import Launch, run
         from bigtrain.planning import Request
+        from bigtrain.planning.forecast import read_bytes
 
         request = Request(
             target=target,
@@ -228,6 +234,7 @@ def launch(
                 shows_all=shows_all,
                 as_json=as_json,
                 checks_memory=not no_memory_check,
+                device_memory=read_bytes(device_memory, label="--device-memory"),
             )
         )
     raise typer.Exit(exit_code)
@@ -246,12 +253,7 @@ def plan(
     engine: Engine = None,
     nodes: Nodes = None,
     procs_per_node: ProcsPerNode = None,
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            "--device-memory", metavar="SIZE", help="Plan for GPUs of this size, as 80GiB."
-        ),
-    ] = None,
+    device_memory: DeviceMemory = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Show the memory of all engines side by side.")
     ] = False,

@@ -35,9 +35,10 @@ from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
 from bigtrain.layers import Override
 from bigtrain.plan import RunPlan, write_plan
-from bigtrain.plan_command import forecast_here, plan_as_json
+from bigtrain.plan_command import forecast_there, plan_as_json
 from bigtrain.plan_report import report
 from bigtrain.planning import Request, Surroundings, make_plan
+from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.output_dir import check_not_in_use, plan_path
 from bigtrain.sections import ClusterSection
 from bigtrain.slurm import identity, time_limit
@@ -63,20 +64,35 @@ class Launch:
     """A dry run shows arguments at their defaults, too."""
     as_json: bool = False
     checks_memory: bool = True
-    """A run that can't fit on this machine is refused."""
+    """A run that can't fit is refused."""
+    device_memory: int | None = None
+    """Bytes of each rank's device, where that was said."""
 
     def plan(
-        self, *more: Override, gpus_of_nodes: Callable[[ClusterSection], int] | None = None
+        self,
+        *more: Override,
+        gpus_of_nodes: Callable[[ClusterSection], int] | None = None,
+        memory_of: Callable[[RunPlan], DeviceMemory] | None = None,
     ) -> RunPlan:
         """The plan with `more` said on top. `gpus_of_nodes`: it runs on nodes that Slurm will give,
-        with as many GPUs each."""
+        with as many GPUs each, and with memory as `memory_of` says."""
         said = (*self.request.overrides, *self.where.overrides(), *more)
         surroundings = Surroundings(
             environment=self.environment,
             working_dir=self.working_dir,
             gpus_of_nodes=gpus_of_nodes,
+            memory_of=memory_of or self.memory_here,
         )
         return make_plan(dataclasses.replace(self.request, overrides=said), surroundings)
+
+    def memory_here(self, plan: RunPlan) -> DeviceMemory:
+        """What each rank of the plan has on machines like this one."""
+        return rank_memory(
+            plan.device,
+            procs_per_node=plan.topology.procs_per_node,
+            said=self.device_memory,
+            environment=self.environment,
+        )
 
     def nodes(self) -> tuple[Override, ...]:
         """`--nodes`, where it was given."""
@@ -129,12 +145,13 @@ def _require_fit(made: RunPlan, launch: Launch, *nodes: Override) -> None:
         memory_check.require_fit(
             made,
             environment=launch.environment,
+            memory_of=launch.memory_here,
             plan_with=lambda more: launch.plan(*nodes, more),
         )
 
 
 def _show(plan: RunPlan, commands: Sequence[str], launch: Launch) -> int:
-    found = forecast_here(plan, launch.environment)
+    found = forecast_there(plan, launch.environment, launch.memory_here(plan))
     if launch.as_json:
         typer.echo(json.dumps(plan_as_json(plan, found) | {"commands": list(commands)}, indent=2))
     else:

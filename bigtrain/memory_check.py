@@ -1,13 +1,15 @@
-"""Whether a run that is about to start here can fit, and what would."""
+"""Whether a run that is about to start, here or in a job, can fit, and what would."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.layers import Override
 from bigtrain.plan import RunPlan
-from bigtrain.plan_command import forecast_here
+from bigtrain.plan_command import forecast_there
+from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.planning.engine_choice import size
 from bigtrain.planning.forecast import Forecast, verdict
 
@@ -20,14 +22,16 @@ def require_fit(
     plan: RunPlan,
     *,
     environment: Mapping[str, str],
+    memory_of: Callable[[RunPlan], DeviceMemory],
     plan_with: Callable[[Override], RunPlan],
 ) -> None:
-    """ConfigError where the plan says that it can't fit on this machine.
+    """ConfigError where the plan says that it can't fit into the memory of its ranks.
 
     Nothing is said where memory is not known at once. `plan_with` makes the same plan with one more
     word on top, to find an engine that would fit.
     """
-    found = forecast_here(plan, environment, asks=False)
+    find = partial(_found, environment=environment, memory_of=memory_of)
+    found = find(plan)
     if found is None or found.memory is None or _verdict(found) != "too large":
         return
     memory, device = found.memory, found.device_memory
@@ -36,9 +40,18 @@ def require_fit(
     if not device.holds_offloaded(memory.host):
         what = f"engine {plan.engine.name} offloads {size(memory.host)} of each rank"
         there = f"the host has {size(device.host or 0)} for it"
-    ways = [*_other_engine(plan_with, environment), *_recomputing(found)]
+    ways = [*_other_engine(plan_with, find), *_recomputing(found)]
     advice = " or ".join(ways) or _NOTHING
     raise ConfigError(f"{what}, and {there}; {advice}; start it all the same with {FLAG}")
+
+
+def _found(
+    plan: RunPlan,
+    *,
+    environment: Mapping[str, str],
+    memory_of: Callable[[RunPlan], DeviceMemory],
+) -> Forecast | None:
+    return forecast_there(plan, environment, memory_of(plan), asks=False)
 
 
 def _verdict(found: Forecast) -> str | None:
@@ -46,11 +59,11 @@ def _verdict(found: Forecast) -> str | None:
 
 
 def _other_engine(
-    plan_with: Callable[[Override], RunPlan], environment: Mapping[str, str]
+    plan_with: Callable[[Override], RunPlan], find: Callable[[RunPlan], Forecast | None]
 ) -> list[str]:
     try:
         plan = plan_with(_AUTO)
-        found = forecast_here(plan, environment, asks=False)
+        found = find(plan)
     except BigtrainError:
         return []
     if found is None or found.memory is None or _verdict(found) == "too large":

@@ -54,8 +54,7 @@ class Question:
         )
 
     def said_bytes(self) -> int | None:
-        text = self.device_memory
-        return None if text is None else read_bytes(text, label="--device-memory")
+        return read_bytes(self.device_memory, label="--device-memory")
 
 
 def show(question: Question, *, as_json: bool) -> str:
@@ -70,21 +69,15 @@ def show(question: Question, *, as_json: bool) -> str:
     return json.dumps(plan_as_json(plan, found), indent=2)
 
 
-def forecast_here(
-    plan: RunPlan, environment: Mapping[str, str], *, asks: bool = True
+def forecast_there(
+    plan: RunPlan, environment: Mapping[str, str], memory: DeviceMemory, *, asks: bool = True
 ) -> Forecast | None:
-    """What is to come of a plan on machines like this one; None for a script's.
+    """What is to come of a plan where each rank has `memory`; None for a script's.
 
     `asks`: also what only a process of its own can tell, in seconds.
     """
     if plan.kind != "run_file":
         return None
-    memory = rank_memory(
-        plan.device,
-        procs_per_node=plan.topology.procs_per_node,
-        said=None,
-        environment=environment,
-    )
     model = model_of(plan, environment, asks=asks)
     return forecast(plan, environment=environment, device_memory=memory, model=model)
 

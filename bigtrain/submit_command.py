@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from bigtrain import sweep
+from bigtrain import memory_check, sweep
 from bigtrain.errors import ConfigError
+from bigtrain.job_memory import JobMemory
 from bigtrain.plan import RunPlan
-from bigtrain.plan_command import forecast_here, plan_as_json
+from bigtrain.plan_command import forecast_there, plan_as_json
 from bigtrain.plan_report import report
 from bigtrain.slurm import identity
 from bigtrain.slurm.partition import Survey
@@ -31,13 +32,22 @@ def run(launch: Launch) -> int:
         raise ConfigError("flag --slurm: Slurm knows the nodes; leave --node-rank and "
                           "--rdzv-endpoint out")  # fmt: skip
     survey = Survey()
+    memory = JobMemory(launch.device_memory)
     plan = functools.partial(
-        launch.plan, *launch.nodes(), gpus_of_nodes=functools.partial(gpus_of_nodes, survey=survey)
+        launch.plan,
+        *launch.nodes(),
+        gpus_of_nodes=functools.partial(gpus_of_nodes, survey=survey),
+        memory_of=memory,
     )
     plans = sweep.plans(launch.where.sweep or (), plan)
     settings = read_settings(plans[0].slurm, origins=_origins_of_options(plans[0]))
     if launch.dry_run:
-        return _show(plans, describe(plans, settings=settings, survey=survey), launch)
+        script = describe(plans, settings=settings, survey=survey)
+        return _show(plans, script, launch, memory=memory)
+    for made in plans if launch.checks_memory else ():
+        memory_check.require_fit(
+            made, environment=launch.environment, memory_of=memory, plan_with=plan
+        )
     taken = submit(plans, settings=settings, environment=launch.environment, survey=survey)
     if launch.as_json:
         told = {"kind": "submitted", "job_id": taken.job_id, "log": taken.log}
@@ -49,10 +59,10 @@ def run(launch: Launch) -> int:
     return 0
 
 
-def _show(plans: Sequence[RunPlan], script: str, launch: Launch) -> int:
+def _show(plans: Sequence[RunPlan], script: str, launch: Launch, *, memory: JobMemory) -> int:
     """The script alone on stdout, as sbatch takes it; the plan (the first of a sweep) beside it."""
     plan = plans[0]
-    found = forecast_here(plan, launch.environment)
+    found = forecast_there(plan, launch.environment, memory(plan))
     if launch.as_json:
         typer.echo(json.dumps(plan_as_json(plan, found) | {"script": script}, indent=2))
         return 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,98 @@ def test_recomputing_is_named_where_it_would_do(launch: Launch) -> None:
     with pytest.raises(ConfigError, match="training.gradient_checkpointing=true would fit"):
         large = dataclasses.replace(launch, request=request)
         _require_fit(large.plan(), large)
+
+
+# Slurm jobs: the nodes are others than this machine
+
+
+def _as_job(folder: Path, *words: str, memory_mib: int) -> subprocess.CompletedProcess[str]:
+    """Submitted with programs of Slurm's shape; nodes of `memory_mib` in the default partition."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    memory, shape = f"usual*|{memory_mib}", "usual*|64|(null)"
+    texts = {
+        "sinfo": f"case \"$*\" in *%m*) echo '{memory}';; *) echo '{shape}';; esac",
+        "sbatch": 'touch "$HOME/submitted"; echo 7',
+    }
+    for name, text in texts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    command = [sys.executable, "-m", "bigtrain", "launch", "run.yaml", "--slurm", "--engine", "ddp"]
+    return subprocess.run(
+        [*command, "--time", "60", *words],
+        cwd=folder,
+        env={"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "run.yaml").write_text(_RUN)
+    return tmp_path
+
+
+def test_a_job_that_can_not_fit_into_its_nodes_is_not_submitted(folder: Path) -> None:
+    refused = _as_job(folder, "--set", "training.use_cpu=true", memory_mib=8192)
+
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: engine ddp needs ")
+    assert "there are 4.0 GiB (the partition's largest node ÷ 2 processes)" in refused.stderr
+    assert "--engine auto would fit (fsdp, 2.6 GiB)" in refused.stderr
+    assert not (folder / "submitted").exists()
+    assert not (folder / "runs").exists()
+
+    said = ("--set", "training.use_cpu=true", "--no-memory-check")
+    assert _as_job(folder, *said, memory_mib=8192).returncode == 0
+    assert (folder / "submitted").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        (("--sbatch", "mem=6G"), "there are 3.0 GiB (what the job asks for ÷ 2 processes)"),
+        (("--sbatch", "mem=0"), "there are 4.0 GiB (the partition's largest node ÷ 2 processes)"),
+    ],
+)
+def test_a_job_has_no_more_memory_than_it_asks_for(
+    folder: Path, words: tuple[str, ...], there: str
+) -> None:
+    refused = _as_job(folder, "--set", "training.use_cpu=true", *words, memory_mib=8192)
+
+    assert there in refused.stderr
+
+
+def test_a_job_s_gpus_have_what_was_said_and_its_hosts_what_slurm_says(folder: Path) -> None:
+    gpus = ("--sbatch", "gpus-per-node=2")
+
+    small = _as_job(folder, *gpus, "--device-memory", "4GiB", memory_mib=65536)
+    assert "there are 4.0 GiB (flag --device-memory)" in small.stderr
+
+    offload = ("--set", "engine.offload_optimizer=cpu", "--engine", "zero3")
+    low = _as_job(folder, *gpus, *offload, memory_mib=3000)
+    assert "engine zero3 offloads " in low.stderr
+    assert "the host has 1.5 GiB for it" in low.stderr
+
+
+def test_a_job_on_gpus_of_unknown_size_and_nodes_of_unknown_memory_is_submitted(
+    folder: Path,
+) -> None:
+    done = _as_job(folder, "--sbatch", "gpus-per-node=2", memory_mib=1)
+
+    assert (done.returncode, (folder / "submitted").exists()) == (0, True), done.stderr
+
+
+def test_auto_chooses_by_the_memory_of_the_job_s_nodes(folder: Path) -> None:
+    words = ("--engine", "auto", "--dry-run", "--set", "training.use_cpu=true")
+
+    small = _as_job(folder, *words, memory_mib=8192)
+    large = _as_job(folder, *words, memory_mib=65536)
+
+    assert "auto: the fastest that fits, 2.6 GiB of" in small.stderr
+    assert "fsdp" in small.stderr
+    assert "auto: the fastest that fits" in large.stderr
+    assert "would not fit" not in large.stderr

@@ -10,7 +10,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.memory.discovery import Model
 from bigtrain.memory.estimate import MemoryPlan, estimate
 from bigtrain.plan import RunPlan
-from bigtrain.planning.device_memory import rank_memory
+from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.planning.engine_choice import Candidate, candidates, choose
 from bigtrain.planning.forecast import memory_request, model_of
 from bigtrain.planning.processes import Processes
@@ -28,7 +28,7 @@ def plan_on_the_fastest(
     *,
     plan_with: PlanWith,
     environment: Mapping[str, str],
-    device_memory: int | None,
+    memory_of: Callable[[RunPlan], DeviceMemory],
 ) -> RunPlan:
     """The plan on the engine that memory chooses; where memory can't be known, on fsdp.
 
@@ -40,12 +40,7 @@ def plan_on_the_fastest(
     choice = choose(
         list(plans),
         memory_of=lambda way: _memory(plans[way], model),
-        device_memory=rank_memory(
-            first.device,
-            procs_per_node=first.topology.procs_per_node,
-            said=device_memory,
-            environment=environment,
-        ),
+        device_memory=memory_of(first),
     )
     if choice is None:
         usual = (plan for plan in plans.values() if plan.engine.name in _WHERE_MEMORY_IS_UNKNOWN)

@@ -7,7 +7,7 @@ way of starting are decided: it makes its own model, data and arguments.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from bigtrain.layers import in_order
 from bigtrain.plan import RunPlan
 from bigtrain.planning import automatic, nvme, preloading
 from bigtrain.planning.batch_size import Accumulation, accumulation
+from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.launching import launching, place, resume
 from bigtrain.planning.model_shape import ModelShape, read_shape
@@ -118,7 +119,7 @@ def _planned(
                 _processes(config, surroundings),
                 plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
                 environment=surroundings.environment,
-                device_memory=surroundings.device_memory,
+                memory_of=surroundings.memory_of or _memory_here(surroundings),
             )
         else:
             plan = plan_of(config, target, request, surroundings)
@@ -127,6 +128,15 @@ def _planned(
     if missing:
         raise ConfigError(missing)
     return plan
+
+
+def _memory_here(surroundings: Surroundings) -> Callable[[RunPlan], DeviceMemory]:
+    return lambda plan: rank_memory(
+        plan.device,
+        procs_per_node=plan.topology.procs_per_node,
+        said=surroundings.device_memory,
+        environment=surroundings.environment,
+    )
 
 
 def missing_of(request: Request, surroundings: Surroundings) -> list[str]:

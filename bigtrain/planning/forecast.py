@@ -131,8 +131,11 @@ def make_schedule(plan: RunPlan) -> Schedule:
     )
 
 
-def read_bytes(text: str, *, label: str) -> int:
-    """`80GiB`, `40 GB` or a plain number of bytes, of which no device has less than a MiB."""
+def read_bytes(text: str | None, *, label: str) -> int | None:
+    """`80GiB`, `40 GB` or a plain number of bytes, of which no device has less than a MiB. None
+    where nothing was said."""
+    if text is None:
+        return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
     if found is None or (found[2] is None and float(found[1]) < _UNITS["MIB"]):
         raise ConfigError(f"{label} {text}: not a size; write 80GiB, for example")
@@ -182,10 +185,10 @@ def verdict(
     memory: MemoryPlan, device_memory: DeviceMemory
 ) -> Literal["fits", "tight", "too large"] | None:
     """Whether it fits with the reserve that libraries and fragmentation need; None: not known."""
-    if device_memory.usable is None or device_memory.total is None:
-        return None
     if not device_memory.holds_offloaded(memory.host):
         return "too large"
+    if device_memory.usable is None or device_memory.total is None:
+        return None
     if memory.peak <= device_memory.usable:
         return "fits"
     return "tight" if memory.peak <= device_memory.total else "too large"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from bigtrain.errors import ConfigError
 from bigtrain.layers import Override
+from bigtrain.plan import RunPlan
+from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.run_file import read_run_file
 from bigtrain.sections import ClusterSection
 from bigtrain.topology import RankInfo
@@ -40,6 +42,8 @@ class Surroundings:
     """The place that another launcher gave this process; None where bigtrain launches."""
     is_rehearsal: bool = False
     """True where nothing will start here: this machine's limits and output_dir don't count."""
+    memory_of: Callable[[RunPlan], DeviceMemory] | None = None
+    """The memory of each rank of a plan, where that is not this machine's."""
     device_memory: int | None = None
     """Bytes of each rank's GPU, where it was said; the run is then one on GPUs."""
     gpus_of_nodes: Callable[[ClusterSection], int] | None = None
