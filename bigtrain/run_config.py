@@ -144,15 +144,13 @@ def read_run_config(
     data = _section(layers, "data", DataSection)
     engine = _section(layers, "engine", EngineSection)
     cluster = _cluster(layers)
-    if model is not None and model.config is not None and "tokenizer" not in layers.values:
+    has_tokenizer = layers.values.get("tokenizer") is not None
+    if model is not None and model.config is not None and not has_tokenizer:
         what = "missing; a model from scratch brings none; give tokenizer.name, or kind: bytes"
         layers.fault(("tokenizer",), what)
     _refuse_impossible(layers, training, data)
-    if model is not None and model.config is not None:
-        length = data.sequence_length if data is not None else 0
-        for key, what in config_faults(model.config, sequence_length=length):
-            layers.fault(("model", "config", key), what)
-    is_plannable = not layers.wrong & {"tokenizer", *_TOP_LEVEL, *_KNOWN}
+    is_sound = _check_config(layers, model, data)
+    is_plannable = is_sound and not layers.wrong & {"tokenizer", *_TOP_LEVEL, *_KNOWN}
     if model is None or data is None or engine is None or cluster is None or not is_plannable:
         missing = () if root is None else run_inputs.faults(data, model, tokenizer, root=root)
         for key, what in missing:
@@ -340,6 +338,17 @@ def _refuse_impossible(
     if training.get("do_predict"):
         what = "a run file names no data to predict on; leave it out, or use a script"
         layers.fault(("training", "do_predict"), what)
+
+
+def _check_config(layers: Layers, model: ModelSection | None, data: DataSection | None) -> bool:
+    """Whether nothing is wrong in `model.config`, from which memory and buckets are computed."""
+    if model is None or model.config is None:
+        return True
+    length = data.sequence_length if data is not None else 0
+    faults = list(config_faults(model.config, sequence_length=length))
+    for key, what in faults:
+        layers.fault(("model", "config", key), what)
+    return not faults
 
 
 def _read_argument(field: Field, value: Any) -> Any:

@@ -316,12 +316,14 @@ class Resume(Saving):
         directory = Path(resume_from_checkpoint)
         if model is None and directory == self._restored:
             return
+        is_trained = model is None or model is self.model
         model = self.model if model is None else model
-        if is_ours(directory) and self._is_prepared and not _is_peft_model(model):
+        is_prepared = is_trained and self._is_prepared and not _is_peft_model(model)
+        if is_ours(directory) and is_prepared:
             with open_checkpoint(directory) as loaded:
                 self.engine.load_local_state(loaded.source, optimizer=False)
             return
-        if self.engine.is_sharded:
+        if self.engine.is_sharded and is_trained:
             raise CheckpointError(
                 f"{directory} was not written by bigtrain (it has no {MANIFEST}), and engine "
                 f"{self.engine.name} can't load it; load it as the model, or use engine ddp"

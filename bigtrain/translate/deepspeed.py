@@ -88,8 +88,11 @@ def faults(
     yield from _stage_faults(options, stage=stage)
     yield from _nvme_faults(options)
     shard = options.secondary_shard
-    if shard is not None and topology.world_size % shard:
-        yield "secondary_shard", f"{shard} does not divide the {topology.world_size} ranks"
+    if shard is not None and (shard < 1 or topology.world_size % shard):
+        yield (
+            "secondary_shard",
+            f"{shard} does not divide the {topology.world_size} ranks; use the ranks of one node",
+        )
     for key in ("quantized_weights", "quantized_gradients"):
         if getattr(options, key) and on_cpu:
             yield key, "DeepSpeed's quantizer needs a GPU; leave it out"

@@ -96,6 +96,9 @@ def _mistyped(given: Json) -> Iterator[tuple[str, str]]:
     schema = load_schema()
     told = dict(deepspeed_keys.mistyped(given))
     yield from told.items()
+    size = given.get("train_batch_size")
+    if "train_batch_size" not in told and isinstance(size, (int, float)) and size < 1:
+        yield "train_batch_size", f"train_batch_size is {size} there; it must be at least 1"
     for field, key, value in given_json.implied(given):
         if key in told:
             continue

@@ -470,6 +470,32 @@ def test_mistakes_of_every_kind_are_told_in_one_report(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("model.config.hidden_size=wide", "model.config.hidden_size: 'wide' is not a whole number"),
+        ("tokenizer=null", "tokenizer: missing; a model from scratch brings none"),
+        (
+            "training.deepspeed={zero_optimization: {stage: 2}, train_batch_size: -4}",
+            "train_batch_size is -4 there; it must be at least 1",
+        ),
+        (
+            "training.deepspeed={zero_optimization: {stage: 2}, train_batch_size: 0}",
+            "train_batch_size is 0 there; it must be at least 1",
+        ),
+        (
+            "training.deepspeed={zero_optimization: {stage: 3, zero_hpz_partition_size: 0}}",
+            "0 does not divide the 1 ranks",
+        ),
+    ],
+)
+def test_values_with_which_nothing_could_be_computed_are_told(
+    folder: Path, said: str, told: str
+) -> None:
+    assert told in _fault(folder, said)
+    assert told in _fault(folder, said, "training.learning_rate=fast")
+
+
 def test_hybrid_sharding_cuts_within_each_node(folder: Path) -> None:
     said = ("cluster.nodes=2", "cluster.procs_per_node=4", "training.fsdp=hybrid_shard")
 

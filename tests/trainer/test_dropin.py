@@ -9,7 +9,9 @@ from typing import Any
 
 import datasets
 import pytest
+import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from bigtrain.trainer.arguments import TrainingArguments
@@ -174,6 +176,19 @@ def test_every_method_that_can_be_overridden_is_called_in_a_run(tmp_path: Path) 
     run.save_model(folder)
     run.end()
     assert sorted(set(names) - statics - called) == []
+
+
+def test_a_checkpoint_s_weights_go_into_the_model_that_is_given(tmp_path: Path) -> None:
+    run = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    run.train()
+    trained = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    first, other = load_file(tmp_path / "checkpoint-1" / "model.safetensors"), tiny_llama(seed=5)
+    run._load_from_checkpoint(tmp_path / "checkpoint-1", other)
+    assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in first.items())
+    now = run.model.state_dict()
+    assert all(torch.equal(now[name], tensor) for name, tensor in trained.items())
+    run._load_from_checkpoint(tmp_path / "checkpoint-1", run.model)
+    assert all(torch.equal(now[name], tensor) for name, tensor in first.items())
 
 
 def test_set_initial_training_values_answers_as_transformers_does(tmp_path: Path) -> None:

@@ -256,7 +256,12 @@ def test_offload_golden() -> None:
         (
             "zero3",
             EngineOptions(secondary_shard=3),
-            "engine.secondary_shard: 3 does not divide the 2 ranks",
+            "engine.secondary_shard: 3 does not divide the 2 ranks; use the ranks of one node",
+        ),
+        (
+            "zero3",
+            EngineOptions(secondary_shard=0),
+            "engine.secondary_shard: 0 does not divide the 2 ranks; use the ranks of one node",
         ),
         (
             "zero3",
