@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from bigtrain.arguments.reporters import reporters
+from bigtrain.arguments.values import did_you_mean
+
 Fault = tuple[str, str]
 """(an argument, what is wrong with it and the mending)"""
 
@@ -25,6 +28,7 @@ def faults(values: Mapping[str, Any]) -> Iterator[Fault]:
     yield from _of_cadences(values)
     yield from _of_best_model(values)
     yield from _of_numbers(values)
+    yield from _of_reporters(values["report_to"])
     scheduler = values["lr_scheduler_type"]
     if scheduler in _NEED_AN_EVALUATION and values["eval_strategy"] == "no":
         yield "lr_scheduler_type", f"{scheduler!r} follows evaluations; set eval_strategy"
@@ -75,6 +79,16 @@ def _of_numbers(values: Mapping[str, Any]) -> Iterator[Fault]:
     every = values["torch_empty_cache_steps"]
     if every is not None and every <= 0:
         yield "torch_empty_cache_steps", f"{every} is no number of steps; give 1 or more"
+
+
+def _of_reporters(said: Any) -> Iterator[Fault]:
+    """Told by transformers only when the Trainer is made."""
+    names = [said] if isinstance(said, str) else said or []
+    known = reporters()
+    for name in names:
+        if known and name not in (*known, "all", "none"):
+            hint = did_you_mean(str(name), known) or f"; use {', '.join(known)}, all or none"
+            yield "report_to", f"{name!r} is no integration of transformers'{hint}"
 
 
 def _steps(values: Mapping[str, Any], argument: str) -> float | None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bigtrain.arguments.reporters import reporters
 from bigtrain.arguments.schema import defaults, load_schema
 from bigtrain.translate import consistency
 
@@ -61,3 +62,16 @@ def test_what_transformers_takes_is_taken(values: dict[str, Any], tmp_path: Any)
 
     assert list(consistency.faults(defaults(load_schema()) | values)) == []
     TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **values)
+
+
+def test_a_reporter_that_transformers_does_not_have_is_refused() -> None:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    values = defaults(load_schema())
+
+    assert reporters() == tuple(INTEGRATION_TO_CALLBACK)
+    assert list(consistency.faults(values | {"report_to": ["tensorboard", "wandbb"]})) == [
+        ("report_to", "'wandbb' is no integration of transformers'; did you mean 'wandb'?")
+    ]
+    for said in (None, "none", "all", [], ["wandb", "mlflow"]):
+        assert list(consistency.faults(values | {"report_to": said})) == []
