@@ -96,6 +96,8 @@ def main() -> NoReturn:
         if end.code == _WRONG_USE and (hint := _script_arguments_hint(sys.argv[1:])):
             typer.echo(hint, err=True)
         raise
+    except KeyboardInterrupt:  # before the command began
+        sys.exit(consolidate_command.INTERRUPTED)
     except BigtrainError as error:
         typer.echo(error_text(error), err=True)
         sys.exit(error.exit_code)

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -85,46 +85,33 @@ def consolidate(
     Takes bigtrain's checkpoints, DeepSpeed's, torch's (DCP, FSDP), accelerate's, Lightning's and
     transformers'. Needs no GPU and little memory.
     """
-    options: dict[str, Any] = {
-        "step": step,
-        "weights": weights,
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
-        "format": format_,
-        "prefix": prefix,
-        "merge_adapter": merge_adapter,
-        "jobs": jobs,
-        "verify": verify,
-        "resume": resume,
-        "remove_source": remove_source,
-        "trust_times": trust_times,
-    }
-    with _faults_told(output, as_json=as_json):
-        run(checkpoint, output, as_json=as_json, say=typer.echo, **options)
+    with _faults_told(output, as_json=as_json), _shown(sys.stderr) as progress:
+        from bigtrain.checkpoint.consolidate import Request, carry_out
 
-
-def run(
-    checkpoint: Path,
-    output: Path,
-    *,
-    as_json: bool = False,
-    say: Callable[[str], None],
-    **options: Any,
-) -> None:
-    """Consolidate, and call `say` with the lines of the summary; progress goes to stderr.
-
-    `options` are those of `bigtrain.consolidate`.
-    """
-    from bigtrain.checkpoint.consolidate import consolidate as library
-
-    _check_places(checkpoint, output)
-    with _shown(sys.stderr) as progress:
-        summary = library(checkpoint, output, progress=progress, **options)
+        _check_places(checkpoint, output)
+        summary = carry_out(
+            Request(
+                source=checkpoint,
+                output=output,
+                step=step,
+                weights=weights,
+                dtype=dtype,
+                max_shard_size=max_shard_size,
+                format=format_,
+                prefix=prefix,
+                merge_adapter=merge_adapter,
+                jobs=jobs,
+                verify=verify,
+                resume=resume,
+                remove_source=remove_source,
+                trust_times=trust_times,
+                progress=progress,
+            )
+        )
     if as_json:
-        say(json.dumps(summary.to_json()))
+        typer.echo(json.dumps(summary.to_json()))
     else:
-        for line in summary.lines():
-            say(line)
+        typer.echo("\n".join(summary.lines()))
 
 
 def _check_places(checkpoint: Path, output: Path) -> None:
@@ -139,20 +126,30 @@ def _check_places(checkpoint: Path, output: Path) -> None:
 @contextlib.contextmanager
 def _faults_told(output: Path, *, as_json: bool) -> Iterator[None]:
     """Ctrl-C ends in how to go on; with `--json` a fault is a line of JSON on stdout."""
-    from bigtrain.checkpoint.consolidate import partial_of
-
+    was_whole = _holds_something(output)
     try:
         yield
     except KeyboardInterrupt:
-        partial = partial_of(output)
-        kept = f"; {partial} is kept: go on with --resume" if partial.is_dir() else ""
-        typer.echo(f"interrupted{kept}", err=True)
+        from bigtrain.checkpoint.consolidate import partial_of
+
+        partial, how = partial_of(output), ""
+        if partial.is_dir():
+            how = f"; {partial} is kept: go on with --resume"
+        elif _holds_something(output) and not was_whole:
+            how = f", but {output} is whole"
+        typer.echo(f"interrupted{how}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except BigtrainError as error:
         if not as_json:
             raise
         typer.echo(json.dumps({"kind": "failure", "text": str(error)}))
         raise typer.Exit(error.exit_code) from None
+
+
+def _holds_something(directory: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return any(directory.iterdir())
+    return False
 
 
 @contextlib.contextmanager

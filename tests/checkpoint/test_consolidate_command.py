@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,20 @@ if "--slowly" in sys.argv:
     sink._SYNC_BYTES = 1 << 20
     pwrite = os.pwrite
     os.pwrite = lambda *a: (time.sleep(0.1), pwrite(*a))[1]
+if "--pause" in sys.argv:
+    at = sys.argv.index("--pause")
+    module, name, call, said = sys.argv[at + 1 : at + 5]
+    del sys.argv[at : at + 5]
+    import importlib, pathlib, time
+    module = importlib.import_module(module)
+    real, calls = getattr(module, name), []
+    def paused(*arguments, **options):
+        calls.append(name)
+        if len(calls) == int(call):
+            pathlib.Path(said).touch()
+            time.sleep(60)
+        return real(*arguments, **options)
+    setattr(module, name, paused)
 sys.argv[0] = "bigtrain"
 from bigtrain.cli import main
 try:
@@ -46,8 +61,29 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-c", WALLED, "consolidate", *map(str, arguments)]
 
 
-def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_whole(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
+
+
+def interrupted(process: list[str], *, once: Callable[[], bool], cwd: Path | None = None) -> str:
+    """Start it, interrupt it once that holds; what it said. It ends with 130, not a traceback."""
+    running = subprocess.Popen(
+        process,
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Shells have background jobs ignore it, and so would what this test starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and running.poll() is None and not once():
+        time.sleep(0.01)
+    running.send_signal(signal.SIGINT)
+    _, shown = running.communicate(timeout=60)
+    assert running.returncode == 130, shown
+    assert "Traceback" not in shown
+    return shown
 
 
 def make_source(path: Path, *, tensors: int = 3, each: int = 1000) -> dict[str, torch.Tensor]:
@@ -67,7 +103,7 @@ def assert_holds(output: Path, state: dict[str, torch.Tensor]) -> None:
 def test_it_writes_the_model_and_says_what_it_did_without_torch_in_100_mb(tmp_path: Path) -> None:
     state = make_source(tmp_path / "in", tensors=40, each=MEGABYTE)
 
-    done = call(tmp_path / "in", tmp_path / "out", "--dtype", "fp16", "--verify")
+    done = run_whole(tmp_path / "in", tmp_path / "out", "--dtype", "fp16", "--verify")
 
     assert done.returncode == 0, done.stderr
     assert f"{tmp_path / 'out'}: 40 tensors, 0.08 GB in " in done.stdout
@@ -81,7 +117,7 @@ def test_it_writes_the_model_and_says_what_it_did_without_torch_in_100_mb(tmp_pa
 def test_json_is_one_document_with_the_checksums(tmp_path: Path) -> None:
     make_source(tmp_path / "in")
 
-    done = call(tmp_path / "in", tmp_path / "out", "--json", "--max-shard-size", "8KB")
+    done = run_whole(tmp_path / "in", tmp_path / "out", "--json", "--max-shard-size", "8KB")
 
     document = json.loads(done.stdout)
     assert document["num_tensors"] == 3
@@ -132,7 +168,7 @@ def test_bad_requests_end_in_one_message(
 
 
 def test_a_fault_is_json_when_that_was_asked_for(tmp_path: Path) -> None:
-    done = call(tmp_path / "none", tmp_path / "out", "--json")
+    done = run_whole(tmp_path / "none", tmp_path / "out", "--json")
     assert done.returncode == 4
     assert "does not exist" in json.loads(done.stdout)["text"]
 
@@ -141,31 +177,62 @@ def test_interrupted_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     state = make_source(tmp_path / "in", tensors=30, each=MEGABYTE)
     places = (tmp_path / "in", tmp_path / "out")
     journal = tmp_path / "out.partial" / "journal.jsonl"
-    running = subprocess.Popen(
+    shown = interrupted(
         command(*places, "--slowly"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # Shells have background jobs ignore it, and so would what this test starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        once=lambda: journal.exists() and len(journal.read_text().splitlines()) > 4,
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and running.poll() is None:
-        if journal.exists() and len(journal.read_text().splitlines()) > 4:
-            break
-        time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
-    _, shown = running.communicate(timeout=60)
 
-    assert running.returncode == 130
     assert f"interrupted; {tmp_path / 'out.partial'} is kept: go on with --resume" in shown
-    assert "Traceback" not in shown
     assert not (tmp_path / "out").exists()
     assert len(journal.read_text().splitlines()) < 30
-    again = call(*places, "--resume")
+    again = run_whole(*places, "--resume")
     assert again.returncode == 0, again.stderr
     assert_holds(tmp_path / "out", state)
     assert not (tmp_path / "out.partial").exists()
+
+
+INSIDE = "bigtrain.checkpoint.consolidate."
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "message"),
+    [
+        ("run.open_source", 1, "interrupted\n"),
+        ("workers._raise_damage", 1, "interrupted; {out}.partial is kept: go on with --resume\n"),
+        ("run.read_back", 1, "interrupted; {out}.partial is kept: go on with --resume\n"),
+        ("journal.sync_directory", 1, "interrupted; {out}.partial is kept: go on with --resume\n"),
+        ("journal.sync_directory", 2, "interrupted, but {out} is whole\n"),
+    ],
+)
+def test_interrupted_at_any_stage_it_leaves_nothing_half_done_under_the_outputs_name(
+    function: str, call: int, message: str, tmp_path: Path
+) -> None:
+    state = make_source(tmp_path / "in")
+    out, paused = tmp_path / "out", tmp_path / "paused"
+    module, _, name = function.rpartition(".")
+    pause = ("--pause", INSIDE + module, name, call, paused)
+    shown = interrupted(command(tmp_path / "in", out, "--verify", *pause), once=paused.exists)
+
+    assert shown.partition("peak ")[0].endswith(message.format(out=out)), shown
+    assert out.exists() == ("whole" in message)
+    assert (tmp_path / "out.partial").exists() == ("partial" in message)
+    if not out.exists():
+        again = run_whole(tmp_path / "in", out, "--resume", "--verify")
+        assert again.returncode == 0, again.stderr
+    assert_holds(out, state)
+
+
+def test_the_directory_one_is_in_can_be_interrupted_too(tmp_path: Path) -> None:
+    make_source(tmp_path / "in")
+    (tmp_path / "here").mkdir()
+    paused = tmp_path / "paused"
+    pause = ("--pause", INSIDE + "run", "read_back", 1, paused)
+    shown = interrupted(
+        command(tmp_path / "in", ".", "--verify", *pause),
+        once=paused.exists,
+        cwd=tmp_path / "here",
+    )
+    assert f"interrupted; {tmp_path / 'here.partial'} is kept" in shown
 
 
 def test_a_terminal_shows_speed_and_time_left(tmp_path: Path) -> None:
@@ -200,8 +267,8 @@ def test_a_runs_directory_gives_its_newest_step_rather_than_the_model_beside_it(
     older = make_source(tmp_path / "run" / "checkpoint-9")
     newer = make_source(tmp_path / "run" / "checkpoint-10")
 
-    assert call(tmp_path / "run", tmp_path / "newest").returncode == 0
-    assert call(tmp_path / "run", tmp_path / "chosen", "--step", "9").returncode == 0
+    assert run_whole(tmp_path / "run", tmp_path / "newest").returncode == 0
+    assert run_whole(tmp_path / "run", tmp_path / "chosen", "--step", "9").returncode == 0
 
     assert_holds(tmp_path / "newest", newer)
     assert_holds(tmp_path / "chosen", older)

@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from bigtrain.checkpoint.consolidate.digest import Digest
@@ -36,8 +37,8 @@ _JOURNAL = "journal.jsonl"
 _BUFFER_BYTES = 1 << 20
 
 
-class KeptError(CheckpointError):
-    """Not the source's fault: what was written so far is kept, to go on with."""
+class SpoiledError(CheckpointError):
+    """The source, or what was made of it, is not what was written: no use in going on."""
 
 
 class _Entry(NamedTuple):
@@ -101,7 +102,11 @@ class FileJournal:
 
 class Staging:
     """The directory in which the output is made. Only one process can have it open: it holds a
-    lock on the journal, which moves to the output's name along with what it is about."""
+    lock on the journal, which moves to the output's name along with what it is about.
+
+    Use it in a `with`: on leaving by a fault, what is there stays for another attempt to go on
+    with, unless that is nothing or a SpoiledError says that it is of no use.
+    """
 
     def __init__(self, output: Path, *, fingerprint: str, resume: bool) -> None:
         self.output = output
@@ -109,6 +114,8 @@ class Staging:
         self._refuse_others()
         self._guard = threading.Lock()
         self._entries: dict[str, list[_Entry]] = {}
+        self._has_entries = False
+        self._is_committed = False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._journal: IO[str] = (self.path / _JOURNAL).open(
@@ -131,9 +138,8 @@ class Staging:
         """Enter what is on the disk. Called from several threads."""
         if lines:
             with self._guard:
-                self._journal.writelines(json.dumps(line) + "\n" for line in lines)
-                self._journal.flush()
-                os.fdatasync(self._journal.fileno())
+                self._write(lines)
+                self._has_entries = True
 
     def check_space(self, needed: int) -> None:
         """Raise unless `needed` bytes fit, of which some may be there already."""
@@ -141,7 +147,7 @@ class Staging:
         blocks = sum(path.stat().st_blocks * 512 for path in there)
         free = free_bytes(self.path)
         if needed - blocks > free:
-            raise (KeptError if blocks else CheckpointError)(
+            raise CheckpointError(
                 f"no space for {self.output}: it takes {needed - blocks:,} bytes more, and "
                 f"{free:,} are free; free some, or choose another place or dtype"
             )
@@ -160,9 +166,10 @@ class Staging:
             self.path.rename(self.output)  # replaces an empty directory, and nothing else
             sync_directory(self.output.parent)
         except OSError as fault:
-            raise KeptError(
+            raise CheckpointError(
                 f"{self.path} is whole, but can't be named {self.output}: {fault.strerror}"
             ) from fault
+        self._is_committed = True
         with suppress(OSError):  # a line too many in the directory harms nobody
             (self.output / _JOURNAL).unlink()
             sync_directory(self.output)
@@ -171,6 +178,19 @@ class Staging:
     def discard(self) -> None:
         """Remove all that was written."""
         shutil.rmtree(self.path, ignore_errors=True)
+        self.close()
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, fault: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if fault is not None and not self._is_committed:
+            if self._has_entries and not isinstance(fault, SpoiledError):
+                logger.warning("%s: kept, to go on with (--resume)", self.path)
+            else:
+                self.discard()
         self.close()
 
     def close(self) -> None:
@@ -217,6 +237,7 @@ class Staging:
             for line in lines[1:]:
                 name = line.pop("file")
                 self._entries.setdefault(name, []).append(_Entry(**line))
+            self._has_entries = bool(self._entries)
             return
         others = [path for path in self.path.iterdir() if path.name != _JOURNAL]
         if (others or text) and not isinstance(known, str):
@@ -227,11 +248,17 @@ class Staging:
             else:
                 path.unlink()
         self._journal.truncate(0)
-        self.append([{"fingerprint": fingerprint}])
+        self._write([{"fingerprint": fingerprint}])
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        self._journal.writelines(json.dumps(line) + "\n" for line in lines)
+        self._journal.flush()
+        os.fdatasync(self._journal.fileno())
 
 
 def partial_of(output: Path) -> Path:
     """Where `output` lies before it has its name."""
+    output = output.resolve()  # `.` has none
     return output.with_name(output.name + SUFFIX)
 
 

@@ -22,6 +22,7 @@ from bigtrain.checkpoint.consolidate.casting import target_dtype
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile, output_format, plan_files
 from bigtrain.checkpoint.consolidate.naming import AUTO, plain_names
+from bigtrain.checkpoint.consolidate.request import Request
 from bigtrain.checkpoint.consolidate.side_files import (
     CONFIG,
     find_side_files,
@@ -35,24 +36,11 @@ from bigtrain.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choices:
-    """What the user may choose of the output."""
-
-    weights: str
-    dtype: str
-    limit: int
-    """Bytes of one file."""
-    prefix: str
-    format: str
-    merge_adapter: bool
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The files to write, and what goes beside them."""
 
     source: Source
-    choices: Choices
+    request: Request
     files: tuple[OutputFile, ...]
     index_name: str
     side_files: dict[str, Path]
@@ -71,18 +59,18 @@ class Plan:
         identity = [
             [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
             [(file.name, file.frame.header.hex()) for file in self.files],
-            repr(self.choices),
+            repr(self.request.of_the_output),
             [_origin(tensor) for file in self.files for tensor in file.tensors],
         ]
         return xxhash.xxh3_128_hexdigest(json.dumps(identity).encode())
 
 
-def make_plan(source: Source, choices: Choices) -> Plan:
+def make_plan(source: Source, request: Request) -> Plan:
     """Which tensors of the source go where, by which names, in which precision.
 
     CheckpointError where the source lacks what is asked for, or two tensors would get one name.
     """
-    content = _content(source, choices)
+    content = _content(source, request)
     config = read_config(content.side_files)
     warnings = []
     needed, reader = (ADAPTER_CONFIG, "PEFT") if content.is_adapter else (CONFIG, "from_pretrained")
@@ -90,22 +78,22 @@ def make_plan(source: Source, choices: Choices) -> Plan:
         warnings.append(f"there is no {needed} beside the weights; {reader} needs one")
     tensors = [
         OutputTensor(
-            name=name, entry=entry, dtype=target_dtype(choices.dtype, entry.dtype), update=update
+            name=name, entry=entry, dtype=target_dtype(request.dtype, entry.dtype), update=update
         )
         for name, (entry, update) in content.tensors.items()
     ]
-    form = output_format(choices.format, is_adapter=content.is_adapter)
+    form = output_format(request.format, is_adapter=content.is_adapter)
     # PEFT knows no adapters in several files.
-    limit = sys.maxsize if content.is_adapter else choices.limit
+    limit = sys.maxsize if content.is_adapter else request.most_bytes
     return Plan(
         source=content.source,
-        choices=choices,
+        request=request,
         files=tuple(plan_files(tensors, max_shard_size=limit, form=form)),
         index_name=form.index_name,
         side_files=content.side_files,
         config=with_dtype(config, _main_dtype(tensors)) if tensors else config,
         warnings=tuple(warnings),
-        leaves_out=content.is_adapter and len(content.tensors) < len(source.sets[choices.weights]),
+        leaves_out=content.is_adapter and len(content.tensors) < len(source.sets[request.weights]),
     )
 
 
@@ -127,21 +115,21 @@ class _Content:
     is_adapter: bool = False
 
 
-def _content(source: Source, choices: Choices) -> _Content:
-    if choices.weights not in source.sets:
+def _content(source: Source, request: Request) -> _Content:
+    if request.weights not in source.sets:
         raise CheckpointError(
-            f"{source.path} has no weights named {choices.weights!r}; it has: "
+            f"{source.path} has no weights named {request.weights!r}; it has: "
             f"{', '.join(source.sets)}"
         )
     side_files = find_side_files(source.path)
     tied = ties_embeddings(read_config(side_files))
-    named = _named(source, source.sets[choices.weights], choices.prefix, tied=tied)
+    named = _named(source, source.sets[request.weights], request.prefix, tied=tied)
     if not is_adapter(named, has_config=ADAPTER_CONFIG in side_files):
-        if choices.merge_adapter:
+        if request.merge_adapter:
             raise CheckpointError(f"{source.path} holds no LoRA adapter to merge")
         plain = {name: (entry, None) for name, entry in named.items()}
         return _Content(source=source, tensors=plain, side_files=side_files)
-    if choices.merge_adapter:
+    if request.merge_adapter:
         return _merged(source, named, side_files)
     side_files.pop(CONFIG, None)
     adapter = {name: (entry, None) for name, entry in adapter_tensors(named).items()}

@@ -29,19 +29,16 @@ _FILES = re.compile(
 _DIRECTORIES = re.compile(r"^(optimizer(_\d+)?|additional_chat_templates)$")
 
 
-def check_removable(plan: Plan, output: Path, *, is_chosen: bool) -> None:
-    """Raise where removing the source would take more along than what the output holds.
-
-    `is_chosen` says whether the user named the step.
-    """
-    source = plan.source
+def check_removable(plan: Plan) -> None:
+    """Raise where removing the source would take more along than what the output holds."""
+    source, output = plan.source, plan.request.output
     where = source.path.resolve()
     if where in (output.resolve(), *output.resolve().parents):
         raise ConfigError(f"{output} lies inside {source.path}, which is to be removed")
     reasons = []
     if source.path.is_symlink():
         reasons.append("it is a link; give the directory that it leads to")
-    if source.passed_over and not is_chosen:
+    if source.passed_over and plan.request.step is None:
         reasons.append("newer ones can't be used; give --step if it is meant")
     if len(source.sets) > 1:
         reasons.append(f"it holds several sets of weights ({', '.join(source.sets)})")

@@ -18,7 +18,7 @@ from pathlib import Path
 from bigtrain.checkpoint.consolidate.casting import Cast, make_cast
 from bigtrain.checkpoint.consolidate.digest import Digest
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
-from bigtrain.checkpoint.consolidate.journal import FileJournal, KeptError
+from bigtrain.checkpoint.consolidate.journal import FileJournal, SpoiledError
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.outlet import Outlet, write_all
 from bigtrain.checkpoint.consolidate.product import Product
@@ -26,7 +26,6 @@ from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
 from bigtrain.checkpoint.dtypes import DTYPES
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
 from bigtrain.checkpoint.witness import RecordSource, Witness, no_records
-from bigtrain.errors import CheckpointError
 
 _CAST_ELEMENTS = 1 << 17
 """At a time: source, result and what lies between stay in the processor's cache."""
@@ -35,7 +34,7 @@ _TILE_BYTES = 8 << 20
 _MERGED_BYTES = 4 << 20
 """Of rows that an adapter is added to, in float32."""
 _SPAN_BYTES = 4 << 20
-_OPEN_FILES = 128
+_FACTOR_FILES = 4
 
 
 class Stopped(Exception):  # noqa: N818 - a request, no fault
@@ -86,6 +85,7 @@ class Copier:
         stopping: threading.Event,
         *,
         merging: threading.Lock,
+        open_files: int,
     ) -> None:
         self.witness = Witness(find_record)
         self.done_bytes = 0
@@ -93,6 +93,7 @@ class Copier:
         self._index = index
         self._stopping = stopping
         self._merging = merging
+        self._open_files = open_files
         self._open: OrderedDict[int, int] = OrderedDict()
         self._scratch = memoryview(b"")
 
@@ -205,7 +206,13 @@ class Copier:
         infinite = 0
         # Pieces of the factors are read out of order, maybe twice: their records are checked later.
         sink.note(partial(self._need, update.a, update.b))
-        factors = Copier(self._index, no_records, self._stopping, merging=self._merging)
+        factors = Copier(
+            self._index,
+            no_records,
+            self._stopping,
+            merging=self._merging,
+            open_files=_FACTOR_FILES,
+        )
         with self._merging, closing(factors):
             product = Product(update, factors._gathered)
             for row in range(0, entry.shape[0], step):
@@ -312,7 +319,7 @@ class Copier:
         while filled < out.nbytes:
             count = _read_some(fd, path, out[filled:], offset + filled)
             if count == 0:
-                raise CheckpointError(
+                raise SpoiledError(
                     f"{path}: ends at byte {offset + filled}, {out.nbytes - filled} bytes too "
                     "early; the file is cut off"
                 )
@@ -336,11 +343,7 @@ class Copier:
             self._open.move_to_end(file)
             return self._open[file]
         path = self._index.files[file]
-        try:
-            fd = os.open(path, os.O_RDONLY)
-        except OSError as fault:
-            raise KeptError(f"{path}: can't be opened: {fault.strerror}") from fault
-        self._open[file] = fd
-        if len(self._open) > _OPEN_FILES:
+        while len(self._open) >= self._open_files:
             os.close(self._open.popitem(last=False)[1])
-        return fd
+        self._open[file] = os.open(path, os.O_RDONLY)
+        return self._open[file]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigtrain.checkpoint.consolidate.digest import Digest
+from bigtrain.checkpoint.consolidate.journal import SpoiledError
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.stream import WrittenFile
 from bigtrain.checkpoint.source import Source
@@ -18,10 +19,13 @@ _BUFFER_BYTES = 1 << 20
 
 def check_source(source: Source) -> str:
     """Check every checksum that the source has, also of what was not read; what that was."""
-    if source.is_own:
-        verify_checkpoint(source.path, deep=True, lenient=True)
-        return "all hashes of the manifest hold"
-    count = source.check_all()
+    try:
+        if source.is_own:
+            verify_checkpoint(source.path, deep=True, lenient=True)
+            return "all hashes of the manifest hold"
+        count = source.check_all()
+    except CheckpointError as fault:
+        raise SpoiledError(str(fault)) from fault
     if count == 0:
         return "it stores no checksums; that its pieces tile every tensor was checked"
     return f"the CRC-32 of all {count} records holds"
@@ -53,8 +57,8 @@ def _read_back_file(file: OutputFile, expected: WrittenFile, fd: int) -> None:
         raise _not_as_written(file, "what surrounds its tensors")
 
 
-def _not_as_written(file: OutputFile, what: str) -> CheckpointError:
-    return CheckpointError(
+def _not_as_written(file: OutputFile, what: str) -> SpoiledError:
+    return SpoiledError(
         f"{file.name}: {what} is not on the disk as it was written; the disk or the memory is "
         "faulty, and nothing was removed"
     )

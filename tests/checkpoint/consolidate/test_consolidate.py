@@ -226,18 +226,23 @@ def test_a_directory_without_a_checkpoint_says_what_is_in_it(tmp_path: Path) -> 
 MEGABYTE = 1 << 20
 TENSORS = 40
 SCRIPT = """
-import os, sys
+import os, sys, time
 from bigtrain.checkpoint.consolidate import consolidate
 slow = float(sys.argv[3])
 if slow:
-    import bigtrain.checkpoint.consolidate.sink as sink, time
+    import bigtrain.checkpoint.consolidate.sink as sink
     sink._SYNC_BYTES = 4 << 20
-    real = os.pwrite
-    os.pwrite = lambda *a: (time.sleep(slow), real(*a))[1]
+written, real = [], os.pwrite
+def pwrite(fd, data, offset):
+    if slow:
+        time.sleep(slow)
+    written.append(len(data))
+    return real(fd, data, offset)
+os.pwrite = pwrite
 summary = consolidate(sys.argv[1], sys.argv[2], format=sys.argv[4], resume=True)
 assert not {"torch", "numpy", "transformers", "deepspeed"} & sys.modules.keys()
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(peak.split()[1])
+print(peak.split()[1], sum(written))
 """
 
 
@@ -290,10 +295,12 @@ def test_killed_it_goes_on_where_it_was(form: str, tmp_path: Path) -> None:
     assert entered < TENSORS
 
     again = start(source, output, slow=0, form=form)
-    peak_kb, _ = again.communicate(timeout=60)
+    said, _ = again.communicate(timeout=60)
 
     assert again.returncode == 0
-    assert int(peak_kb) < 100_000
+    peak_kb, written = map(int, said.split())
+    assert peak_kb < 100_000
+    assert written < (TENSORS - entered) * 4 * MEGABYTE + 100_000, "finished ones were copied again"
     ours = read_output(output)
     theirs = load_file(source / "model.safetensors")
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
@@ -308,18 +315,22 @@ def test_killed_anywhere_again_and_again_it_ends_with_the_right_bytes(
     source, output = large_source(tmp_path / "in"), tmp_path / "out"
     consolidate(source, tmp_path / "expected", format=form)
     chance = random.Random(form)
-    kills = 0
-    while not output.exists():
-        running = start(source, output, slow=0.004 if kills < 12 else 0, form=form)
-        try:
-            running.communicate(timeout=chance.uniform(0.15, 0.8) if kills < 12 else 60)
-        except subprocess.TimeoutExpired:
-            running.kill()
-            running.communicate()
-            kills += 1
+    for kill in range(12):
+        target = (kill * TENSORS // 13 + chance.uniform(0, 3)) * 4 * MEGABYTE
+        running = start(source, output, slow=0.002, form=form)
+        while running.poll() is None and allocated(tmp_path / "out.partial") < target:
+            time.sleep(0.002)
+        assert running.poll() is None, f"it ended before its kill {kill}"
+        running.kill()
+        running.communicate()
+    start(source, output, slow=0, form=form).communicate(timeout=60)
     name = next((tmp_path / "expected").iterdir()).name
-    assert kills > 3
     assert filecmp.cmp(output / name, tmp_path / "expected" / name, shallow=False)
+
+
+def allocated(partial: Path) -> int:
+    """Bytes that the disk holds of the weights."""
+    return sum(path.stat().st_blocks * 512 for path in partial.glob("*model*"))
 
 
 def test_what_was_spoiled_in_between_is_written_anew(tmp_path: Path) -> None:

@@ -59,9 +59,10 @@ def test_a_disk_that_fills_in_the_middle_of_a_write_keeps_what_resume_goes_on_fr
 def test_resume_with_still_too_little_space_keeps_what_there_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = plain(tmp_path / "in", **{name: torch.randn(50_000) for name in "ab"})
+    # Of the second one, some is written.
+    source = plain(tmp_path / "in", a=torch.randn(300_000), b=torch.randn(2_000_000))
     with monkeypatch.context() as patch:
-        no_space_at(patch, 1)
+        no_space_at(patch, 6)
         with pytest.raises(CheckpointError, match="No space left"):
             consolidate(source, tmp_path / "out")
     there = {path.name: path.stat().st_size for path in (tmp_path / "out.partial").iterdir()}
@@ -71,6 +72,7 @@ def test_resume_with_still_too_little_space_keeps_what_there_is(
             consolidate(source, tmp_path / "out", resume=True)
     now = {path.name: path.stat().st_size for path in (tmp_path / "out.partial").iterdir()}
     assert now == there
+    assert len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_directory_that_is_called_like_the_staging_is_not_emptied(tmp_path: Path) -> None:
