@@ -17,14 +17,23 @@ Config: TypeAlias = Mapping[str, Any]
 _Named: TypeAlias = Iterator[tuple[str, tuple[int, ...]]]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 """Values of `model_type` that `from_formula` knows."""
+_WIDTHS = (
+    *("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "num_local_experts"),
+)
+_WIDEST = 2**31
 
 
 def from_formula(config: Config, *, dtype: str) -> ModelShapes | None:
-    """The causal language model that `config` describes; None for a family that is not known."""
+    """The causal language model that `config` describes; None for a family that is not known, and
+    where a width is none, so that transformers itself says what is wrong with it."""
     family = str(config.get("model_type"))
     if family not in FAMILIES:
         return None
     whole = complete(config)
+    widths = (whole[name] for name in _WIDTHS if whole.get(name) is not None)
+    if not all(isinstance(width, int) and 0 < width < _WIDEST for width in widths):
+        return None
     parameters = tuple(
         Parameter(name=name, shape=shape, dtype=dtype) for name, shape in _model(family, whole)
     )

@@ -173,6 +173,20 @@ def test_lora_s_shapes_are_peft_s() -> None:
     assert {p.name: (p.shape, p.trained) for p in adapted.parameters} == real
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"hidden_size": "wide"},
+        {"num_attention_heads": 0},
+        {"num_hidden_layers": 10**19},
+        {"num_key_value_heads": -1},
+        {"num_local_experts": "x"},
+    ],
+)
+def test_a_config_with_a_width_that_is_none_has_no_formula(wrong: dict[str, Any]) -> None:
+    assert from_formula({"model_type": "mixtral", **_SMALL, **wrong}, dtype="fp32") is None
+
+
 def test_an_unknown_width_is_not_made_up() -> None:
     assert architecture({"model_type": "resnet"}) is None
 
