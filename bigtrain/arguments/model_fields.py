@@ -37,6 +37,7 @@ _KIND_WORDS = {
     "dict": "a mapping",
 }
 _POSITIONS = "max_position_embeddings"
+_COUNTS = ("num_hidden_layers", "vocab_size", "intermediate_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +135,8 @@ def _indivisible(
         return value if isinstance(value, int) and not isinstance(value, bool) else None
 
     hidden, heads = read("hidden_size"), read("num_attention_heads")
-    for key, value in (("hidden_size", hidden), ("num_attention_heads", heads)):
+    counts = {key: read(key) for key in _COUNTS if _said_as(key, config, kind) in config}
+    for key, value in {"hidden_size": hidden, "num_attention_heads": heads, **counts}.items():
         if value is not None and value < 1:
             yield _said_as(key, config, kind), f"{value} is too small; it must be at least 1"
             return

@@ -69,6 +69,14 @@ def test_the_defaults_are_those_of_the_class(model_type: str) -> None:
             {"num_attention_heads": "12 heads do not divide the hidden size 64; use 8 or 16"},
         ),
         (
+            {"model_type": "llama", "num_hidden_layers": -1, "vocab_size": 64},
+            {"num_hidden_layers": "-1 is too small; it must be at least 1"},
+        ),
+        (
+            {"model_type": "gpt2", "n_layer": 0},
+            {"n_layer": "0 is too small; it must be at least 1"},
+        ),
+        (
             {"model_type": "qwen3", "num_attention_heads": 12, "num_key_value_heads": 5},
             {"num_key_value_heads": "5 do not divide the 12 attention heads; use 4 or 6"},
         ),
