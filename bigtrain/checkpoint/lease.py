@@ -1,6 +1,11 @@
 """One run writes to an output directory at a time: who does has left a lease there.
 
-    .bigtrain-lease.json    who holds it; touched every few seconds for as long as he lives
+    .bigtrain-lease/<token>.json    who holds it; touched every few seconds for as long as he lives
+
+The directory holds one file or none. It is made complete beside its place and renamed there, which
+works only where no file is in it: so of many at once one gets it. A dead holder's file is removed
+by its own name, which nobody else's ever has: so however late somebody acts on what he has seen,
+he can't remove a lease that was taken meanwhile.
 
 A holder of this machine is looked up by his process: alive or dead, the answer is certain and at
 once. One of another machine is alive while the file is touched, by the file server's own clock;
@@ -10,8 +15,11 @@ dead finds at his next save that the lease is another's, and writes no more.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -23,11 +31,13 @@ from pathlib import Path
 from bigtrain.checkpoint.processes import machine, started
 from bigtrain.errors import CheckpointError
 
-LEASE = ".bigtrain-lease.json"
+LEASE = ".bigtrain-lease"
 BEAT_S = 5.0
 PATIENCE_S = 45.0
 """After so long without a touch the holder is dead."""
 _POLL_S = 0.5
+_AGAIN_S = 0.01
+_TAKEN = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,35 +73,33 @@ class Holder:
 class Lease:
     """Held from `take` to `release`."""
 
-    def __init__(self, output_dir: Path, holder: Holder) -> None:
-        self._path = output_dir / LEASE
-        self._holder = holder
+    def __init__(self, place: Path, holder: Holder) -> None:
+        self._place = place
+        self._mine = _file(place, holder)
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
     def check(self) -> None:
         """Raise CheckpointError where another run has taken it over meanwhile."""
-        holder = _read(self._path)
-        if holder is None or holder.token == self._holder.token:
+        found = _held(self._place)
+        if found is None or found == self._mine:
             return  # removed by hand, or ours
         raise CheckpointError(
-            f"{self._path.parent} was taken over by {holder}, as if this run were dead; it writes "
-            "no checkpoint any more. Let only one run go on"
+            f"{self._place.parent} was taken over by {_read(found) or 'another run'}, as if this "
+            "run were dead; it writes no checkpoint any more. Let only one run go on"
         )
 
     def release(self) -> None:
         """Let others have it. Safe to call twice."""
         self._ends.set()
         self._thread.join()
-        holder = _read(self._path)
-        if holder is not None and holder.token == self._holder.token:
-            self._path.unlink(missing_ok=True)
+        _remove(self._mine)
 
     def _beat(self) -> None:
         while not self._ends.wait(BEAT_S):
             try:
-                os.utime(self._path)
+                os.utime(self._mine)
             except OSError:
                 continue  # whoever needs the disk will say what is wrong with it
 
@@ -99,27 +107,32 @@ class Lease:
 def take(output_dir: Path, *, launch: str = "", is_restarted: bool = False) -> Lease:
     """The lease on `output_dir`, which is made. Waits for a dead holder of another machine.
 
-    CheckpointError where another lives. A launch that has started its ranks again ended the ones
-    before, wherever they were.
+    CheckpointError where another lives; OSError where the directory can't be written to. A launch
+    that has started its ranks again ended the ones before, wherever they were.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    path, mine = output_dir / LEASE, Holder.here(launch=launch)
-    while not _create(path, mine):
-        holder = _read(path)
-        if holder is None:
-            # Written at once, so what can't be read was cut off, or has just been released.
-            path.unlink(missing_ok=True)
+    place, mine = output_dir / LEASE, Holder.here(launch=launch)
+    give_up = time.monotonic() + PATIENCE_S
+    while not _enter(place, mine):
+        found = _held(place)
+        if found is None:
+            if time.monotonic() > give_up:
+                raise OSError(f"{place} holds what no run has left there; remove it")
+            time.sleep(_AGAIN_S)  # just released; NFS may take a moment to see it
             continue
-        is_own_launch = is_restarted and launch and holder.launch == launch
-        if not is_own_launch and is_alive(output_dir, holder):
-            raise CheckpointError(in_use(output_dir, holder))
-        _remove(path, holder)
-    return Lease(output_dir, mine)
+        holder = _read(found)
+        if holder is not None:
+            is_own_launch = is_restarted and launch and holder.launch == launch
+            if not is_own_launch and is_alive(output_dir, holder):
+                raise CheckpointError(in_use(output_dir, holder))
+        _remove(found)  # he is dead, or what he wrote was cut off with him
+    return Lease(place, mine)
 
 
 def living_holder(output_dir: Path) -> Holder | None:
     """Who writes there now; may take `PATIENCE_S` where he is of another machine."""
-    holder = _read(output_dir / LEASE)
+    found = _held(output_dir / LEASE)
+    holder = _read(found) if found is not None else None
     return holder if holder is not None and is_alive(output_dir, holder) else None
 
 
@@ -142,70 +155,70 @@ def is_alive(
     if holder.machine == machine():
         is_me = holder.pid == os.getpid()
         return not is_me and holder.started == started(holder.pid) != ""
-    path = output_dir / LEASE
-    touched = _touched(path)
+    file = _file(output_dir / LEASE, holder)
+    touched = _touched(file)
     give_up = time.monotonic() + patience_s - _age(output_dir, touched)
     while time.monotonic() < give_up:
         sleep(_POLL_S)
-        if _touched(path) != touched:
-            return _read(path) == holder
+        if _touched(file) != touched:
+            return _read(file) == holder
     return False
 
 
-def _create(path: Path, holder: Holder) -> bool:
-    """Put it there whole, unless one is there: a link is made once, on NFS too."""
-    whole = path.with_name(f"{LEASE}.{holder.token}")
+def _enter(place: Path, holder: Holder) -> bool:
+    """Put the holder's file there, unless one is there."""
+    whole = place.with_name(f"{LEASE}.{holder.token}")
+    whole.mkdir()
     try:
-        whole.write_text(json.dumps(asdict(holder)), encoding="utf-8")
+        _file(whole, holder).write_text(json.dumps(asdict(holder)), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            place.rmdir()  # what a dead one left empty; some file systems rename onto nothing
         try:
-            os.link(whole, path)
-        except FileExistsError:
+            whole.rename(place)
+        except OSError as fault:
+            if _file(place, holder).exists():
+                return True  # a server had done it, and its answer was lost
+            if fault.errno not in _TAKEN:
+                raise
             return False
-        except OSError:  # a file system without links
-            return _create_by_itself(path, whole.read_bytes())
         return True
     finally:
-        whole.unlink(missing_ok=True)
+        shutil.rmtree(whole, ignore_errors=True)
 
 
-def _create_by_itself(path: Path, content: bytes) -> bool:
+def _held(place: Path) -> Path | None:
+    """The file of who holds it; None where nobody does."""
     try:
-        with path.open("xb") as file:
-            file.write(content)
-    except FileExistsError:
-        return False
-    return True
-
-
-def _remove(path: Path, dead: Holder) -> None:
-    """Remove the dead one's, which gets a name of its own first: only one can do that. What turns
-    out to be a new holder's goes back."""
-    aside = path.with_name(f"{LEASE}.{uuid.uuid4().hex}")
-    try:
-        path.rename(aside)
+        return next((path for path in place.iterdir() if path.suffix == ".json"), None)
     except FileNotFoundError:
-        return
-    try:
-        if _read(aside) != dead and not path.exists():
-            os.link(aside, path)
-    except OSError:
-        return
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Holder | None:
-    try:
-        return Holder(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
         return None
 
 
-def _touched(path: Path) -> int:
+def _remove(file: Path) -> None:
+    """Remove this holder's own file, and nobody else's; it may be gone."""
+    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        file.parent.rmdir()  # not where the next one is in it
+
+
+def _file(place: Path, holder: Holder) -> Path:
+    return place / f"{holder.token}.json"
+
+
+def _read(file: Path) -> Holder | None:
+    """Who wrote it; None where it has gone, or is not whole."""
+    try:
+        holder = Holder(**json.loads(file.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
+    return holder if holder.token == file.stem else None
+
+
+def _touched(file: Path) -> int:
     try:
         # Opened, because NFS then asks the server, and doesn't answer from what it remembers.
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
+        with file.open("rb") as opened:
+            return os.fstat(opened.fileno()).st_mtime_ns
     except OSError:
         return 0
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def pretend_elsewhere(folder: Path) -> lease.Holder:
     """The holder is on another machine now, whose processes can't be looked up."""
-    path = folder / lease.LEASE
+    (path,) = (folder / lease.LEASE).iterdir()
     found = lease.Holder(**json.loads(path.read_text()))
     moved = dataclasses.replace(found, host="elsewhere", machine="elsewhere")
     path.write_text(json.dumps(dataclasses.asdict(moved)))
@@ -110,7 +111,7 @@ def test_one_of_another_machine_who_has_died_is_waited_for_no_longer_than_said(
     assert time.monotonic() - started >= 0.5
     # By the clock of the file system he died long ago: nobody waits.
     long_ago = time.time() - 2 * lease.PATIENCE_S
-    os.utime(tmp_path / lease.LEASE, (long_ago, long_ago))
+    os.utime(tmp_path / lease.LEASE / f"{dead.token}.json", (long_ago, long_ago))
     slept: list[float] = []
     assert not lease.is_alive(tmp_path, dead, sleep=slept.append)
     assert slept == []
@@ -128,7 +129,7 @@ def test_a_launch_that_starts_its_ranks_again_waits_for_nobody(tmp_path: Path) -
 def test_who_was_taken_for_dead_writes_no_more(tmp_path: Path) -> None:
     first = lease.take(tmp_path)
     first.check()
-    (tmp_path / lease.LEASE).unlink()
+    shutil.rmtree(tmp_path / lease.LEASE)
     second = lease.take(tmp_path)
     with pytest.raises(CheckpointError, match="was taken over by process"):
         first.check()
@@ -139,20 +140,66 @@ def test_who_was_taken_for_dead_writes_no_more(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"pid": "x"}', b"\xff"])
 def test_what_can_not_be_read_holds_nothing(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / lease.LEASE).write_bytes(content)
+    (tmp_path / lease.LEASE).mkdir()
+    (tmp_path / lease.LEASE / "cut.json").write_bytes(content)
     assert lease.living_holder(tmp_path) is None
     lease.take(tmp_path).release()
 
 
+def test_what_is_said_of_a_lease_is_not_believed_beyond_its_own_file(tmp_path: Path) -> None:
+    held = lease.take(tmp_path / "run")
+    (mine,) = (tmp_path / "run" / lease.LEASE).iterdir()
+    victim = tmp_path / "victim.json"
+    victim.write_text("kept")
+    content = json.loads(mine.read_text()) | {"token": "../../victim", "pid": 0}
+    held.release()
+    (tmp_path / "run" / lease.LEASE).mkdir()
+    mine.write_text(json.dumps(content))
+    lease.take(tmp_path / "run").release()
+    assert victim.read_text() == "kept"
+
+
+def test_who_acts_late_on_a_dead_one_takes_nothing_from_who_came_first(
+    tmp_path: Path, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holder.kill()
+    holder.wait()
+    first: list[subprocess.Popen[str]] = []
+
+    def while_he_looks(*args: Any, **kwargs: Any) -> bool:
+        is_first = not first
+        if is_first:
+            taker = subprocess.Popen(
+                [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+            )
+            assert taker.stdout is not None
+            assert taker.stdout.readline() == "held\n"
+            first.append(taker)
+        return not is_first
+
+    monkeypatch.setattr(lease, "is_alive", while_he_looks)
+    with pytest.raises(CheckpointError, match=r"another run \(process "):
+        lease.take(tmp_path)
+    found = lease.living_holder(tmp_path)
+    assert found is not None
+    assert found.pid == first[0].pid
+    first[0].kill()
+    first[0].communicate()
+
+
 def race(folder: Path, barrier: Any, results: Any) -> None:
-    barrier.wait()
-    try:
-        lease.take(folder)
-    except CheckpointError:
-        results.put(0)
-    else:
-        results.put(1)
-    barrier.wait()
+    for turn in range(TURNS):
+        barrier.wait()
+        try:
+            lease.take(folder / str(turn))
+        except CheckpointError:
+            results.put((turn, 0))
+        else:
+            results.put((turn, 1))
+    barrier.wait()  # nobody has ended before all have tried
+
+
+TURNS = 40
 
 
 @pytest.mark.parametrize("leaves_a_dead_one", [False, True])
@@ -161,14 +208,49 @@ def test_of_many_at_once_one_gets_it(
 ) -> None:
     holder.kill()
     holder.wait()
-    if not leaves_a_dead_one:
-        (tmp_path / lease.LEASE).unlink()
+    for turn in range(TURNS):
+        (tmp_path / str(turn)).mkdir()
+        if leaves_a_dead_one:
+            shutil.copytree(tmp_path / lease.LEASE, tmp_path / str(turn) / lease.LEASE)
     fork = multiprocessing.get_context("fork")
     barrier, results = fork.Barrier(6), fork.Queue()
     racers = [fork.Process(target=race, args=(tmp_path, barrier, results)) for _ in range(6)]
     for racer in racers:
         racer.start()
-    assert sum(results.get(timeout=30) for _ in racers) == 1
+    winners = [0] * TURNS
+    for _ in range(6 * TURNS):
+        turn, won = results.get(timeout=120)
+        winners[turn] += won
+    assert winners == [1] * TURNS
     for racer in racers:
-        racer.join(30)
-    assert names(tmp_path) == [lease.LEASE]
+        racer.join(60)
+    assert all(names(tmp_path / str(turn)) == [lease.LEASE] for turn in range(TURNS))
+
+
+def churn(folder: Path, owned: Path, rounds: int, results: Any) -> None:
+    """Take and let go, over and over; while it is held nobody else may have the file `owned`."""
+    taken = 0
+    for _ in range(rounds):
+        try:
+            held = lease.take(folder)
+        except CheckpointError:
+            continue
+        os.close(os.open(owned, os.O_CREAT | os.O_EXCL))
+        taken += 1
+        owned.unlink()
+        held.release()
+    results.put(taken)
+
+
+def test_while_many_take_and_let_go_never_two_hold_it(tmp_path: Path) -> None:
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    arguments = (tmp_path / "run", tmp_path / "owned", 150, results)
+    churners = [fork.Process(target=churn, args=arguments) for _ in range(4)]
+    for churner in churners:
+        churner.start()
+    for churner in churners:
+        churner.join(120)
+    assert [churner.exitcode for churner in churners] == [0] * 4
+    assert sum(results.get(timeout=5) for _ in churners) >= 150
+    assert names(tmp_path / "run") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,7 +74,7 @@ def test_a_training_that_is_taken_over_saves_no_more(
     class TakenOver(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
-                (tmp_path / lease.LEASE).unlink()
+                shutil.rmtree(tmp_path / lease.LEASE)
                 lease.take(tmp_path)
 
     with pytest.raises(CheckpointError, match="was taken over by process"):
