@@ -1,18 +1,24 @@
 """How long training waits for a checkpoint, and how long one takes to write and to load.
 
-    python benchmarks/save.py [--parameters 300] [--ranks 2] [--repeats 3] [--json]
+    python benchmarks/save.py [--parameters 300] [--ranks 2] [--repeats 3]
+    python benchmarks/save.py --folder KEPT --results all.jsonl --only deepspeed
+    python benchmarks/save.py --show all.jsonl
 
 A Llama of about as many million parameters with AdamW's state, under FSDP2 on ranks of this
 machine. In each repeat, one after another on the same state: bigtrain in the background and at
 once, torch's `dcp.save`, its `async_save` by thread and by process, and, on the same model under
 ZeRO-2, DeepSpeed's own `save_checkpoint`; and transformers' Trainer itself under FSDP with sharded
-state dicts, in processes of its own (`transformers_saves.py`). Then all that was written is loaded:
+state dicts, in processes of its own (`transformers_saves.py`). Then what was written is loaded:
 into the same engine and size, ours also into ZeRO-2 and onto other numbers of ranks, DeepSpeed's
 also by way of `ds_to_universal` and by bigtrain.
+
 `blocked` is what the training loop waits; `done` is until the files are complete
 (bigtrain's are hashed, synced and committed by then, the others' are in the page cache). `memory`
 is what a rank and its helpers took at most beyond what they had before the first save; bigtrain and
 DCP's async ways keep a copy of the state in it. Medians, seconds, of the slowest rank.
+
+Every figure is told as it is measured. With `--results` they add up in a file, over several calls;
+with `--folder` what one phase has written stays there for the next one, which `--only` chooses.
 """
 
 from __future__ import annotations
@@ -23,7 +29,6 @@ import dataclasses
 import gc
 import json
 import os
-import pickle
 import shutil
 import socket
 import statistics
@@ -32,7 +37,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,33 +72,58 @@ STAGING = StagingOptions(
 )
 
 
+OURS = "bigtrain"
+DCP = "dcp sync"
+ZERO = "DeepSpeed, ZeRO-2"
+KEPT = (OURS, DCP, ZERO)
+"""What is loaded later; other files go at once, so that they don't fill the page cache."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all phases are told."""
+
+    folder: Path
+    results: Path
+    parameters: int
+    ranks: int
+    repeats: int
+
+    def add(self, tool: str, **measured: float) -> None:
+        """Keep figures of one run, and tell them."""
+        told = ", ".join(f"{key} {value:.2f}" for key, value in measured.items())
+        print(f"{tool}: {told}", file=sys.stderr, flush=True)
+        with self.results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"tool": tool, **measured}) + "\n")
+
+
 def main() -> int:
     """Measure and print; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=_Raw)
-    parser.add_argument("--parameters", type=int, default=300, help="millions (default 300)")
+    parser.add_argument("--parameters", type=int, default=300, help="millions")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--directory", type=Path, help="where to write (default: a temporary one)")
-    parser.add_argument("--without-deepspeed", action="store_true")
-    parser.add_argument("--without-transformers", action="store_true")
+    parser.add_argument("--folder", type=Path, help="where to write, and leave what is written")
+    parser.add_argument("--only", choices=PHASES, action="append", help="this phase; repeatable")
+    parser.add_argument("--results", type=Path, help="a file of figures to add to")
+    parser.add_argument("--show", type=Path, help="measure nothing: the table of such a file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     chosen = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=chosen.directory) as folder:
-        found: dict[str, dict[str, list[float]]] = {}
-
-        def keep(measured: dict[str, dict[str, list[float]]]) -> None:
-            found.update(measured)
-            print(json.dumps(measured), file=sys.stderr, flush=True)  # should it be cut short
-
-        keep(run_ranks(measure_fsdp, chosen, Path(folder), chosen.ranks))
-        for ranks in (1, chosen.ranks + 1):
-            keep(run_ranks(measure_other_size, chosen, Path(folder), ranks))
-        if not chosen.without_transformers:
-            keep(measure_transformers(chosen, Path(folder)))
-        if not chosen.without_deepspeed:
-            for phase in (measure_deepspeed, measure_universal):
-                keep(run_ranks(phase, chosen, Path(folder), chosen.ranks))
-    report(found, as_json=chosen.json)
+    if chosen.show:
+        report(chosen.show, as_json=chosen.json)
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        bench = Bench(
+            folder=chosen.folder or Path(temporary),
+            results=chosen.results or Path(temporary) / "results.jsonl",
+            parameters=chosen.parameters,
+            ranks=chosen.ranks,
+            repeats=chosen.repeats,
+        )
+        bench.folder.mkdir(parents=True, exist_ok=True)
+        for name in chosen.only or PHASES:
+            PHASES[name](bench)
+        report(bench.results, as_json=chosen.json)
     return 0
 
 
@@ -100,34 +131,51 @@ class _Raw(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     pass
 
 
-def report(found: dict[str, dict[str, list[float]]], *, as_json: bool) -> None:
-    """Print the medians."""
+def report(results: Path, *, as_json: bool) -> None:
+    """Print the medians of all runs in the file."""
+    runs: dict[str, dict[str, list[float]]] = {}
+    for line in results.read_text(encoding="utf-8").splitlines():
+        measured = json.loads(line)
+        tool = runs.setdefault(measured.pop("tool"), {})
+        for key, value in measured.items():
+            tool.setdefault(key, []).append(value)
     medians = {
-        name: {key: statistics.median(values) for key, values in measured.items()}
-        for name, measured in found.items()
+        tool: {key: statistics.median(values) for key, values in measured.items()}
+        for tool, measured in runs.items()
     }
     if as_json:
         print(json.dumps(medians))
         return
-    base = medians["dcp sync"]["blocked"]
-    print(f"{'':34}{'blocked':>9}{'× dcp':>8}{'done':>9}{'memory +MB':>12}{'load':>9}")
-    for name, row in medians.items():
-        blocked = row.get("blocked")
+    base = medians.get(DCP, {})
+    print(f"{'':34}{'blocked':>9}{'× dcp':>7}{'done':>8}{'memory +MB':>12}{'load':>8}{'× dcp':>7}")
+    for tool, row in medians.items():
         cells = [
-            f"{blocked:9.3f}{blocked / base:8.2f}" if blocked is not None else " " * 17,
-            f"{row['done']:9.2f}" if "done" in row else " " * 9,
-            f"{row['memory']:12.0f}" if "memory" in row else " " * 12,
-            f"{row['load']:9.2f}" if "load" in row else "",
+            _cell(row.get("blocked"), 9),
+            _times(row, base, "blocked"),
+            _cell(row.get("done"), 8),
         ]
-        print(f"{name:34}{''.join(cells)}")
+        cells += [
+            _cell(row.get("memory"), 12, 0),
+            _cell(row.get("load"), 8),
+            _times(row, base, "load"),
+        ]
+        print(f"{tool:34}{''.join(cells)}")
+
+
+def _cell(value: float | None, width: int, digits: int = 2) -> str:
+    return " " * width if value is None else f"{value:{width}.{digits}f}"
+
+
+def _times(row: Mapping[str, float], base: Mapping[str, float], key: str) -> str:
+    return _cell(row[key] / base[key] if key in row and key in base else None, 7)
 
 
 # ---- Phases, each in its own processes ----
 
 
-def measure_fsdp(world: RankInfo, chosen: Any, folder: Path) -> dict[str, dict[str, list[float]]]:
+def measure_fsdp(world: RankInfo, bench: Bench) -> None:
     """All that can save and load the state of an FSDP2 engine."""
-    engine = make_engine("fsdp", world, chosen.parameters)
+    engine = make_engine("fsdp", world, bench.parameters)
     optimizer = engine.optimizer
     saver = Saver(world, in_background=True)
     saver.warm_up(engine)
@@ -161,116 +209,119 @@ def measure_fsdp(world: RankInfo, chosen: Any, folder: Path) -> dict[str, dict[s
         return upload.result  # type: ignore[no-any-return]
 
     ways: dict[str, Callable[[Path], Callable[[], Any]]] = {
-        "bigtrain": lambda path: ours(path, wait=False),
+        OURS: lambda path: ours(path, wait=False),
         "bigtrain, async_save: false": lambda path: ours(path, wait=True),
-        "dcp sync": by_dcp,
+        DCP: by_dcp,
         "dcp async, thread": lambda path: by_dcp(path, AsyncCheckpointerType.THREAD),
         "dcp async, process": lambda path: by_dcp(path, AsyncCheckpointerType.PROCESS),
     }
-    found = measure_saves(ways, world, folder, chosen.repeats)
+    measure_saves(ways, world, bench)
     loads: dict[str, Callable[[], Any]] = {
-        "bigtrain": lambda: load_ours(engine, folder / "bigtrain", world),
-        "dcp sync": lambda: dcp.load(state(), checkpoint_id=folder / "dcp sync"),
+        OURS: lambda: load_ours(engine, bench.folder / OURS, world),
+        DCP: lambda: dcp.load(state(), checkpoint_id=bench.folder / DCP),
     }
-    measure_loads(loads, found, chosen.repeats)
+    measure_loads(loads, world, bench)
     saver.close()
-    return found
 
 
-def measure_transformers(chosen: Any, folder: Path) -> dict[str, dict[str, list[float]]]:
+def measure_other_size(world: RankInfo, bench: Bench) -> None:
+    """What so many ranks take to load the checkpoint of another number of ranks."""
+    engine = make_engine("fsdp", world, bench.parameters)
+    name = f"bigtrain, {bench.ranks} ranks' onto {world.world_size}"
+    measure_loads({name: lambda: load_ours(engine, bench.folder / OURS, world)}, world, bench)
+
+
+def measure_transformers(bench: Bench) -> None:
     """transformers' Trainer, as its users have it."""
-    own = folder / "transformers"
+    own = bench.folder / "transformers"
+    shutil.rmtree(own, ignore_errors=True)
     own.mkdir()
     script = Path(__file__).with_name("transformers_saves.py")
     command = [sys.executable, "-m", "bigtrain", "launch", str(script), "--engine", "fsdp"]
-    command += ["--procs-per-node", str(chosen.ranks), "--output-dir", str(own / "logs")]
+    command += ["--procs-per-node", str(bench.ranks), "--output-dir", str(own / "logs")]
     command += ["--env", "FSDP_STATE_DICT_TYPE=SHARDED_STATE_DICT", "--"]
-    words = [str(own), str(chosen.parameters), str(chosen.repeats)]
+    words = [str(own), str(bench.parameters), str(bench.repeats)]
     done = subprocess.run([*command, *words], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"transformers_saves.py: {done.stdout[-2000:]}{done.stderr[-2000:]}")
     found = json.loads((own / "answer.json").read_text())
+    for key, values in found.items():
+        for value in values:
+            bench.add("transformers' Trainer (FSDP)", **{key: value})
     shutil.rmtree(own)
-    return {"transformers' Trainer (FSDP)": found}
 
 
-def measure_deepspeed(
-    world: RankInfo, chosen: Any, folder: Path
-) -> dict[str, dict[str, list[float]]]:
+def measure_deepspeed(world: RankInfo, bench: Bench) -> None:
     """DeepSpeed's own under ZeRO-2, and loading into it what bigtrain saved under FSDP2."""
-    engine = make_engine("zero2", world, chosen.parameters)
+    engine = make_engine("zero2", world, bench.parameters)
 
     def save(path: Path) -> Callable[[], Any]:
         engine._deepspeed.save_checkpoint(str(path))
         return lambda: None
 
-    found = measure_saves({"DeepSpeed, ZeRO-2": save}, world, folder, chosen.repeats)
+    measure_saves({ZERO: save}, world, bench)
+    theirs = bench.folder / ZERO
     loads: dict[str, Callable[[], Any]] = {
-        "DeepSpeed, ZeRO-2": lambda: engine._deepspeed.load_checkpoint(
-            str(folder / "DeepSpeed, ZeRO-2")
-        ),
-        "bigtrain, FSDP's into ZeRO-2": lambda: load_ours(engine, folder / "bigtrain", world),
-        "bigtrain, DeepSpeed's into ZeRO-2": lambda: load_ours(
-            engine, folder / "DeepSpeed, ZeRO-2", world
-        ),
+        ZERO: lambda: engine._deepspeed.load_checkpoint(str(theirs)),
+        "bigtrain, FSDP's into ZeRO-2": lambda: load_ours(engine, bench.folder / OURS, world),
+        "bigtrain, DeepSpeed's into ZeRO-2": lambda: load_ours(engine, theirs, world),
     }
-    measure_loads(loads, found, chosen.repeats)
-    return found
+    measure_loads(loads, world, bench)
 
 
-def measure_universal(
-    world: RankInfo, chosen: Any, folder: Path
-) -> dict[str, dict[str, list[float]]]:
+def measure_universal(world: RankInfo, bench: Bench) -> None:
     """DeepSpeed's way to another size: convert, then load what was converted."""
-    saved = folder / "DeepSpeed, ZeRO-2"
+    saved = bench.folder / ZERO
     tag = (saved / "latest").read_text().strip()
     begun = time.perf_counter()
     if world.is_main:
+        shutil.rmtree(saved / "universal", ignore_errors=True)
         command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
         command += ["--input_folder", str(saved / tag), "--output_folder", str(saved / "universal")]
         command += ["--num_extract_workers", "2", "--num_merge_workers", "2"]
         subprocess.run([*command, "--inject_missing_state"], check=True, capture_output=True)
         (saved / "latest_universal").write_text("universal")
+        bench.add("ds_to_universal", done=time.perf_counter() - begun)
     dist.barrier()
-    converted = time.perf_counter() - begun
-    engine = make_engine("zero2", world, chosen.parameters, universal=True)
-    begun = time.perf_counter()
-    engine._deepspeed.load_checkpoint(str(saved), tag="universal")
-    loaded = slowest(time.perf_counter() - begun)
-    return {
-        "ds_to_universal": {"done": [converted]},
-        "DeepSpeed, universal": {"load": [loaded]},
+    engine = make_engine("zero2", world, bench.parameters, universal=True)
+    loads = {
+        "DeepSpeed, universal": lambda: engine._deepspeed.load_checkpoint(
+            str(saved), tag="universal"
+        )
     }
+    measure_loads(loads, world, dataclasses.replace(bench, repeats=1))
 
 
-def measure_other_size(
-    world: RankInfo, chosen: Any, folder: Path
-) -> dict[str, dict[str, list[float]]]:
-    """What so many ranks take to load the checkpoint of another number of ranks."""
-    engine = make_engine("fsdp", world, chosen.parameters)
-    found: dict[str, dict[str, list[float]]] = {}
-    name = f"bigtrain, {chosen.ranks} ranks' onto {world.world_size}"
-    loads = {name: lambda: load_ours(engine, folder / "bigtrain", world)}
-    measure_loads(loads, found, chosen.repeats)
-    return found
+def on_ranks(phase: Callable[[RankInfo, Bench], None], *others: int) -> Callable[[Bench], None]:
+    """The phase on as many ranks as asked; or on one, and on as many more as given."""
+
+    def run(bench: Bench) -> None:
+        for ranks in [1, *(bench.ranks + more for more in others)] if others else [bench.ranks]:
+            run_ranks(phase, bench, ranks)
+
+    return run
+
+
+PHASES: dict[str, Callable[[Bench], None]] = {
+    "fsdp": on_ranks(measure_fsdp),
+    "sizes": on_ranks(measure_other_size, 1),
+    "deepspeed": on_ranks(measure_deepspeed),
+    "universal": on_ranks(measure_universal),
+    "transformers": measure_transformers,
+}
+"""Those after the first read what it wrote; `universal` also what `deepspeed` did."""
 
 
 def measure_saves(
-    ways: dict[str, Callable[[Path], Callable[[], Any]]],
-    world: RankInfo,
-    folder: Path,
-    repeats: int,
-) -> dict[str, dict[str, list[float]]]:
+    ways: dict[str, Callable[[Path], Callable[[], Any]]], world: RankInfo, bench: Bench
+) -> None:
     """Each way once per repeat; what it took."""
-    found: dict[str, dict[str, list[float]]] = {
-        name: {"blocked": [], "done": [], "memory": []} for name in ways
-    }
-    for repeat in range(repeats + 1):
+    for repeat in range(bench.repeats + 1):
         for name, save in ways.items():
-            path = folder / name
+            path = bench.folder / name
             if world.is_main:
                 shutil.rmtree(path, ignore_errors=True)
-            os.sync()
+                os.sync()
             gc.collect()
             dist.barrier()
             with PeakMemory() if not repeat else contextlib.nullcontext() as memory:
@@ -280,24 +331,25 @@ def measure_saves(
                 finish()
                 done = time.perf_counter() - begun
             if memory is not None:  # the first round, which also warms up
-                found[name]["memory"].append(slowest(memory.grown / 1e6))
+                found = {"memory": slowest(memory.grown / 1e6)}
             else:
-                found[name]["blocked"].append(slowest(blocked))
-                found[name]["done"].append(slowest(done))
-    return found
+                found = {"blocked": slowest(blocked), "done": slowest(done)}
+            if world.is_main:
+                bench.add(name, **found)
+                if name not in KEPT:
+                    shutil.rmtree(path)
 
 
-def measure_loads(
-    loads: dict[str, Callable[[], Any]], found: dict[str, dict[str, list[float]]], repeats: int
-) -> None:
-    """Add to `found` how long each takes."""
-    for _ in range(repeats):
+def measure_loads(loads: Mapping[str, Callable[[], Any]], world: RankInfo, bench: Bench) -> None:
+    """How long each takes."""
+    for _ in range(bench.repeats):
         for name, load in loads.items():
             dist.barrier()
             begun = time.perf_counter()
             load()
-            measured = found.setdefault(name, {}).setdefault("load", [])
-            measured.append(slowest(time.perf_counter() - begun))
+            took = slowest(time.perf_counter() - begun)
+            if world.is_main:
+                bench.add(name, load=took)
 
 
 def load_ours(engine: Any, path: Path, world: RankInfo) -> None:
@@ -424,38 +476,30 @@ def settings(name: Any, world: RankInfo) -> Any:
 # ---- Ranks ----
 
 
-def run_ranks(phase: Callable[..., Any], chosen: Any, folder: Path, ranks: int) -> Any:
-    """Rank 0's answer. The ranks are forked, so that imports are paid once."""
+def run_ranks(phase: Callable[[RankInfo, Bench], None], bench: Bench, ranks: int) -> None:
+    """The phase on so many ranks. They are forked, so that imports are paid once."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = int(listener.getsockname()[1])
-    answer = folder / "answer"
     pids = []
     for rank in range(ranks):
         if pid := os.fork():
             pids.append(pid)
             continue
+        world = RankInfo(rank=rank, local_rank=rank, world_size=ranks, local_world_size=ranks)
         try:
-            _run_rank(
-                phase,
-                chosen,
-                folder,
-                RankInfo(rank=rank, local_rank=rank, world_size=ranks, local_world_size=ranks),
-                port,
-                answer,
-            )
+            _run_rank(phase, bench, world, port)
             os._exit(0)
         except BaseException as fault:
             print(f"rank {rank}: {fault!r}", file=sys.stderr, flush=True)
             os._exit(1)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
     if any(codes):
-        raise SystemExit(f"{phase.__name__}: exit codes {codes}")
-    return pickle.loads(answer.read_bytes())
+        raise SystemExit(f"exit codes {codes}")
 
 
 def _run_rank(
-    phase: Callable[..., Any], chosen: Any, folder: Path, world: RankInfo, port: int, answer: Path
+    phase: Callable[[RankInfo, Bench], None], bench: Bench, world: RankInfo, port: int
 ) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -466,9 +510,7 @@ def _run_rank(
     }
     torch.set_num_threads(1)
     process_group.join(world, device=CPU, timeout_s=600)
-    found = phase(world, chosen, folder)
-    if world.is_main:
-        answer.write_bytes(pickle.dumps(found))
+    phase(world, bench)
     dist.barrier()
     process_group.leave()
 

@@ -7,8 +7,13 @@ P = ceil(n / W), so that cuts fall in the middle of rows and late ranks may hold
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing
+import os
 import pickle
+import signal
+import socket
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -212,19 +217,24 @@ def run_ranks(world_size: int, action: Callable[..., Any], *arguments: Any) -> l
     """`action(world, *arguments)` on every rank of a gloo group; the values, or their fault."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    processes = [
-        context.Process(
-            target=_run_rank, args=(rank, world_size, store.port, results, action, arguments)
-        )
-        for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
+    # Rank 0 serves the store: here its thread could hold a lock at the moment of a fork, which
+    # the new rank would then wait for in vain (the resolver's, while it names who has connected).
+    with socket.create_server(("127.0.0.1", 0), backlog=world_size) as listener:
+        processes = [
+            context.Process(
+                target=_run_rank, args=(rank, world_size, listener, results, action, arguments)
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(DEADLINE_S)
     hung = [process for process in processes if process.is_alive()]
     for process in hung:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGABRT)  # which has it say where it is
+        process.join(5)
         process.kill()
     assert not hung, f"{len(hung)} ranks still ran after {DEADLINE_S} s"
     found: dict[int, Any] = {}
@@ -239,15 +249,16 @@ def run_ranks(world_size: int, action: Callable[..., Any], *arguments: Any) -> l
 def _run_rank(
     rank: int,
     world_size: int,
-    port: int,
+    listener: socket.socket,
     results: Any,
     action: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable(sys.__stderr__)
     try:
         if world_size > 1:
-            store = dist.TCPStore("127.0.0.1", port)
+            store = _open_store(listener, is_server=rank == 0)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
             dist.barrier()
         value = action(RankInfo(rank=rank, world_size=world_size), *arguments)
@@ -262,3 +273,13 @@ def _run_rank(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _open_store(listener: socket.socket, *, is_server: bool) -> dist.TCPStore:
+    host, port = listener.getsockname()
+    if not is_server:
+        listener.close()
+        return dist.TCPStore(host, port)
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
