@@ -16,8 +16,11 @@ class BigtrainError(Exception):
     exit_code = 1
 
 
-class ConfigError(BigtrainError):
-    """A run file, a flag or an argument can't be used. Holds all faults, not only the first."""
+class ConfigError(BigtrainError, ValueError):
+    """A run file, a flag or an argument can't be used. Holds all faults, not only the first.
+
+    A ValueError too, because that is what scripts of transformers' Trainer catch.
+    """
 
     exit_code = 2
 

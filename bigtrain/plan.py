@@ -109,6 +109,8 @@ class RunPlan:
                     "use the version of bigtrain that wrote it"
                 )
             return cls(**_decoded(content))
+        except ConfigError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"this is not a plan of bigtrain's: {error!r}") from error
 

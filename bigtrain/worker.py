@@ -149,6 +149,8 @@ def _arguments(plan: RunPlan) -> TrainingArguments:
     said["output_dir"] = plan.output_dir
     try:
         return TrainingArguments(**said)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(f"training: {error}") from error
 

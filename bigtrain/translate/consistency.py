@@ -88,7 +88,7 @@ def _of_reporters(said: Any) -> Iterator[Fault]:
     for name in names:
         if known and name not in (*known, "all", "none"):
             hint = did_you_mean(str(name), known) or f"; use {', '.join(known)}, all or none"
-            yield "report_to", f"{name!r} is no integration of transformers'{hint}"
+            yield "report_to", f"{name} is not supported{hint}"
 
 
 def _steps(values: Mapping[str, Any], argument: str) -> float | None:

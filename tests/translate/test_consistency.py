@@ -71,7 +71,7 @@ def test_a_reporter_that_transformers_does_not_have_is_refused() -> None:
 
     assert reporters() == tuple(INTEGRATION_TO_CALLBACK)
     assert list(consistency.faults(values | {"report_to": ["tensorboard", "wandbb"]})) == [
-        ("report_to", "'wandbb' is no integration of transformers'; did you mean 'wandb'?")
+        ("report_to", "wandbb is not supported; did you mean 'wandb'?")
     ]
     for said in (None, "none", "all", [], ["wandb", "mlflow"]):
         assert list(consistency.faults(values | {"report_to": said})) == []
