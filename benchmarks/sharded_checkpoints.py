@@ -92,7 +92,8 @@ def write_zero(out: Path, stage: int, shapes: OrderedDict[str, tuple[int, ...]])
 def write_dcp(out: Path, shapes: OrderedDict[str, tuple[int, ...]]) -> None:
     """By torch itself, on two ranks."""
     script = (
-        "import json, sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp\n"
+        "import json, os, sys\n"
+        "import torch, torch.distributed as dist, torch.distributed.checkpoint as dcp\n"
         "from torch.distributed.device_mesh import init_device_mesh\n"
         "from torch.distributed.tensor import DTensor, Shard\n"
         "dist.init_process_group('gloo')\n"
@@ -106,7 +107,8 @@ def write_dcp(out: Path, shapes: OrderedDict[str, tuple[int, ...]]) -> None:
         "    fqn_to_index_mapping={name: 1 for name in state})\n"
         "dcp.save(state, storage_writer=writer)\n"
         "json.dump(list(state), open(where + '/names.json', 'w'))\n"
-        "dist.destroy_process_group()\n"
+        "dist.barrier()\n"
+        "os._exit(0)  # on a busy machine, gloo's threads abort a process that tidies up\n"
     )
     path = out.with_name("write_dcp.py")
     path.write_text(script)

@@ -23,9 +23,9 @@ from bigtrain.checkpoint.find import require_checkpoint
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
 from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
-from bigtrain.checkpoint.formats.safetensors import read_safetensors
-from bigtrain.checkpoint.formats.torch_state_dict import read_state_dict, state_dict_files
+from bigtrain.checkpoint.formats.torch_state_dict import state_dict_files
 from bigtrain.checkpoint.formats.transformers_dir import Names, read_optimizer, weight_files
+from bigtrain.checkpoint.formats.whole_weights import read_whole_weights
 from bigtrain.checkpoint.index import TensorIndex, merge
 from bigtrain.checkpoint.manifest import MANIFEST, Progress
 from bigtrain.checkpoint.records import read_dcp_items, torch_file_records
@@ -159,11 +159,9 @@ def _read_dcp(path: Path, directories: Sequence[Path]) -> ForeignCheckpoint:
 
 def _read_files(path: Path, names: Names | None) -> ForeignCheckpoint:
     safetensors = weight_files(path)
-    files = safetensors or state_dict_files(path)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing; its index names them")
-    indexes = [read_safetensors(files) if safetensors else read_state_dict(files)]
+    indexes = [
+        read_whole_weights(path, safetensors=safetensors, state_dicts=state_dict_files(path))
+    ]
     optimizer = _first(path, _OPTIMIZER_FILES)
     if optimizer is not None:
         indexes.append(read_optimizer(optimizer, names=names))

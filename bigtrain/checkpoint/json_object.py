@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +30,31 @@ def counts(value: Any) -> tuple[int, ...]:
 
 def indexed_files(index: Path) -> Sequence[Path]:
     """The files beside it that an index of weights names."""
-    try:
-        names = set(json_object(index.read_bytes())["weight_map"].values())
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as fault:
-        raise CheckpointError(f"{index}: not an index of weights; it is damaged") from fault
+    names = set(_weight_map(index).values())
+    outside = [name for name in names if Path(name).name != name]
     if outside:
         raise CheckpointError(f"{index}: names files outside of its directory: {outside}")
     return [index.parent / name for name in sorted(names)]
+
+
+def check_indexed(index: Path, stored: Container[str]) -> None:
+    """Raise unless all tensors that an index names are stored: another model's shard may lie
+    under a shard's name."""
+    absent = {name: file for name, file in _weight_map(index).items() if name not in stored}
+    for name, file in absent.items():
+        more = f" and {len(absent) - 1} more" if absent.keys() - {name} else ""
+        raise CheckpointError(
+            f"{index}: names {name} in {file}{more}, but no file holds it; the files don't belong "
+            "together"
+        )
+
+
+def _weight_map(index: Path) -> Mapping[str, str]:
+    """Tensor → file."""
+    try:
+        found = json_object(index.read_bytes())["weight_map"]
+        if isinstance(found, dict) and all(isinstance(name, str) for name in found.values()):
+            return found
+    except (ValueError, KeyError) as fault:
+        raise CheckpointError(f"{index}: not an index of weights; it is damaged") from fault
+    raise CheckpointError(f"{index}: not an index of weights; it is damaged")

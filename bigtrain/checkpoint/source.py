@@ -17,9 +17,9 @@ from pathlib import Path
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp, split_key
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
 from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
-from bigtrain.checkpoint.formats.safetensors import read_safetensors
-from bigtrain.checkpoint.formats.torch_state_dict import read_state_dict, state_dict_files
+from bigtrain.checkpoint.formats.torch_state_dict import state_dict_files
 from bigtrain.checkpoint.formats.transformers_dir import weight_files
+from bigtrain.checkpoint.formats.whole_weights import read_whole_weights
 from bigtrain.checkpoint.index import BUFFER, WEIGHT, TensorEntry, TensorIndex, merge
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.records import (
@@ -272,12 +272,8 @@ def _read_dcp(path: Path, trust_times: bool, *, root: Path | None = None) -> Sou
 
 
 def _read_plain(path: Path, _trust_times: bool) -> Source:
-    safetensors = _safetensors(path)
-    files = safetensors or _state_dicts(path)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise CheckpointError(f"{path}: {', '.join(missing)} missing; its index names them")
-    index = read_safetensors(files) if safetensors else read_state_dict(files)
+    safetensors, state_dicts = _safetensors(path), _state_dicts(path)
+    index = read_whole_weights(path, safetensors=safetensors, state_dicts=state_dicts)
     return Source(
         path=path,
         kind="safetensors" if safetensors else "torch state dict",
@@ -285,7 +281,7 @@ def _read_plain(path: Path, _trust_times: bool) -> Source:
         step=_step_of(path),
         sets={MODEL: _weights(index)},
         find_record=no_records if safetensors else torch_file_records(),
-        check_all=lambda: 0 if safetensors else check_torch_files(files),
+        check_all=lambda: 0 if safetensors else check_torch_files(state_dicts),
         has_plain_names=(path / "config.json").is_file(),
     )
 
@@ -317,7 +313,8 @@ def _latest(path: Path) -> str | None:
         name = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return name if name and Path(name).name == name else None
+    is_plain = Path(name).name == name and "\0" not in name
+    return name if name and is_plain else None
 
 
 def _step_of(path: Path) -> int | None:

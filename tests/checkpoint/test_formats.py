@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -83,6 +84,30 @@ def test_a_safetensors_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(100)}, tmp_path / "x")
     (tmp_path / "x").write_bytes((tmp_path / "x").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="x: a would lie at bytes 0 to 400 of 399"):
+        read_safetensors([tmp_path / "x"])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        pytest.param([0, 8], [4, 12], id="overlapping"),
+        pytest.param([0, 8], [0, 8], id="the same bytes"),
+        pytest.param([0, 8], [16, 24], id="a gap"),
+        pytest.param([8, 16], [16, 24], id="a gap before them"),
+        pytest.param([0, 8], [8, 16], id="bytes behind them"),
+    ],
+)
+def test_tensors_that_do_not_lie_one_behind_the_other_are_refused_as_by_safetensors(
+    first: list[int], second: list[int], tmp_path: Path
+) -> None:
+    places = {"a": first, "b": second}
+    header = json.dumps(
+        {n: {"dtype": "F32", "shape": [2], "data_offsets": at} for n, at in places.items()}
+    ).encode()
+    (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(24))
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "x")
+    with pytest.raises(CheckpointError, match="x: the tensors before .* end at byte"):
         read_safetensors([tmp_path / "x"])
 
 

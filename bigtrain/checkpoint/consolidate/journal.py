@@ -159,6 +159,13 @@ class Staging:
             file.flush()
             os.fsync(file.fileno())
 
+    def copy_file(self, name: str, source: Path) -> None:
+        """Copy a file that needn't be small; on the disk afterwards."""
+        with source.open("rb") as given, (self.path / name).open("wb") as file:
+            shutil.copyfileobj(given, file, _BUFFER_BYTES)
+            file.flush()
+            os.fsync(file.fileno())
+
     def commit(self) -> None:
         """Give the finished output its name; it survives a loss of power afterwards."""
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,7 +72,8 @@ def parse_size(size: int | str) -> int:
         if match is None:
             raise ConfigError(f"max_shard_size is {size!r}; write it as 5GB, 500MB or 4GiB")
         base = 1024 if match[3] else 1000
-        size = int(float(match[1]) * base ** _POWERS[match[2].upper()])
+        # Of more digits than a float can have: no limit is what is meant.
+        size = int(min(sys.maxsize, float(match[1]) * base ** _POWERS[match[2].upper()]))
     if size < 1:
         raise ConfigError(f"max_shard_size is {size} bytes; it must be at least 1")
     return size

@@ -51,7 +51,12 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
+        """Of the files of weights."""
         return sum(file.nbytes for file in self.files)
+
+    @property
+    def side_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.side_files.values())
 
     def fingerprint(self) -> str:
         """The same for an attempt that may go on where another one stopped."""

@@ -100,7 +100,7 @@ def carry_out(request: Request) -> Summary:
 def _filled(plan: Plan, staging: Staging) -> Copied:
     """Everything but the rename."""
     try:
-        staging.check_space(plan.nbytes)
+        staging.check_space(plan.nbytes + plan.side_bytes)
         copied = copy_all(plan, staging)
         if plan.request.is_verified:
             copied = copied._replace(checked=check_source(plan.source))
@@ -117,7 +117,7 @@ def _write_small(plan: Plan, staging: Staging) -> None:
     for name, path in plan.side_files.items():
         (staging.path / name).parent.mkdir(exist_ok=True)
         if name != CONFIG:
-            staging.write_file(name, path.read_bytes())
+            staging.copy_file(name, path)
     if plan.config and CONFIG in plan.side_files:
         staging.write_file(CONFIG, json.dumps(plan.config, indent=2).encode() + b"\n")
     if len(plan.files) > 1:

@@ -34,7 +34,8 @@ def find_side_files(step: Path) -> dict[str, Path]:
         templates = directory / "additional_chat_templates"
         if templates.is_dir():
             for path in sorted(templates.iterdir()):
-                found.setdefault(f"{templates.name}/{path.name}", path)
+                if path.is_file():
+                    found.setdefault(f"{templates.name}/{path.name}", path)
     return found
 
 
@@ -66,7 +67,7 @@ def with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     """
     return {
         key: dtype
-        if key in _DTYPE_KEYS and value in DTYPES
+        if key in _DTYPE_KEYS and isinstance(value, str) and value in DTYPES
         else with_dtype(value, dtype)
         if isinstance(value, dict) and key.endswith("_config")
         else value

@@ -28,13 +28,16 @@ def read_safetensors(paths: Sequence[Path]) -> TensorIndex:
     for number, path in enumerate(paths):
         header, begin = _read_header(path)
         size = path.stat().st_size
+        places = []
         for name, fields in header.items():
             if name == "__metadata__":
                 continue
             if (name, WEIGHT) in entries:
                 raise CheckpointError(f"{path}: {name} is also in another file")
-            entry = _read_entry(path, name, fields, file=number, begin=begin, size=size)
+            place, entry = _read_entry(path, name, fields, file=number, begin=begin, size=size)
             entries[name, WEIGHT] = entry
+            places.append((place, name))
+        _check_gapless(path, places, size - begin)
     return TensorIndex(files=tuple(paths), entries=entries)
 
 
@@ -71,7 +74,7 @@ def _read_header(path: Path) -> tuple[Mapping[str, Any], int]:
 
 def _read_entry(
     path: Path, name: str, fields: Any, *, file: int, begin: int, size: int
-) -> TensorEntry:
+) -> tuple[tuple[int, int], TensorEntry]:
     try:
         dtype = BY_SAFETENSORS[fields["dtype"]]
         shape = counts(fields["shape"])
@@ -85,4 +88,17 @@ def _read_entry(
             f"{numel * dtype.itemsize}; the file is cut off or damaged"
         )
     extents = [Extent(file=file, offset=begin + first, start=0, run=numel)] if numel else []
-    return TensorEntry(name=name, kind=WEIGHT, shape=shape, dtype=dtype, extents=Extents(extents))
+    entry = TensorEntry(name=name, kind=WEIGHT, shape=shape, dtype=dtype, extents=Extents(extents))
+    return (first, last), entry
+
+
+def _check_gapless(path: Path, places: list[tuple[tuple[int, int], str]], size: int) -> None:
+    """Raise unless the tensors lie one behind the other up to the end, as the format has it."""
+    reached = 0
+    for (first, last), name in [*sorted(places), ((size, size), "the file's end")]:
+        if first != reached:
+            raise CheckpointError(
+                f"{path}: the tensors before {name} end at byte {reached}, and not at {first}; "
+                "the file is damaged"
+            )
+        reached = last

@@ -19,10 +19,9 @@ _NESTED = ("state_dict", "model", "module")
 
 def state_dict_files(directory: Path) -> list[Path]:
     """The files of a state dict in a directory; empty when there are none."""
+    whole = [directory / name for name in WEIGHTS if (directory / name).is_file()]
     index = directory / WEIGHTS_INDEX
-    if index.is_file():
-        return list(indexed_files(index))
-    return [directory / name for name in WEIGHTS if (directory / name).is_file()][:1]
+    return whole[:1] or (list(indexed_files(index)) if index.is_file() else [])
 
 
 def read_state_dict(paths: Sequence[Path]) -> TensorIndex:

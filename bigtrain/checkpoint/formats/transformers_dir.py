@@ -36,11 +36,12 @@ def read_transformers(directory: Path) -> TensorIndex:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights; empty when there are none."""
+    """The files that hold the weights; empty when there are none. As for `from_pretrained`, an
+    index counts only where no whole file lies beside it."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
     index = directory / WEIGHTS_INDEX
-    if not index.is_file():
-        return [directory / WEIGHTS] if (directory / WEIGHTS).is_file() else []
-    return list(indexed_files(index))
+    return list(indexed_files(index)) if index.is_file() else []
 
 
 def read_optimizer(path: Path, *, names: Names | None = None) -> TensorIndex:

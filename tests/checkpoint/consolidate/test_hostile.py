@@ -1,0 +1,116 @@
+"""Directories that somebody made to mislead, or that were put together from parts of others."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bigtrain.checkpoint.consolidate import consolidate
+from bigtrain.errors import CheckpointError
+
+_CONFIG = '{"model_type": "llama", "dtype": ["float32"], "torch_dtype": {"a": 1}}'
+
+
+def sharded(directory: Path, suffix: str) -> Path:
+    """Two shards, and an index that names tensors `a` and `b` in them."""
+    directory.mkdir()
+    names = [f"model-0000{k}-of-00002.{suffix}" for k in (1, 2)]
+    for name, tensor in zip(names, "ab", strict=True):
+        if suffix == "bin":
+            torch.save({tensor: torch.ones(3)}, directory / name)
+        else:
+            save_file({tensor: torch.ones(3)}, directory / name)
+    stem = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
+    document = {"weight_map": dict(zip("ab", names, strict=True))}
+    (directory / f"{stem}.index.json").write_text(json.dumps(document))
+    return directory
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_shard_of_another_model_is_told_by_the_tensors_that_it_lacks(
+    suffix: str, tmp_path: Path
+) -> None:
+    source = sharded(tmp_path / "in", suffix)
+    consolidate(source, tmp_path / "whole")
+    assert load_file(tmp_path / "whole" / "model.safetensors").keys() == {"a", "b"}
+
+    shard = source / f"model-00002-of-00002.{suffix}"
+    torch.save({"c": torch.ones(3)}, shard) if suffix == "bin" else save_file(
+        {"c": torch.ones(3)}, shard
+    )
+    with pytest.raises(CheckpointError, match=r"index\.json: names b in model-00002-of-00002"):
+        consolidate(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_whole_file_counts_before_an_index_that_was_left_beside_it(
+    suffix: str, tmp_path: Path
+) -> None:
+    source = sharded(tmp_path / "in", suffix)
+    if suffix == "bin":
+        torch.save({"new": torch.ones(3)}, source / "pytorch_model.bin")
+    else:
+        save_file({"new": torch.ones(3)}, source / "model.safetensors")
+    consolidate(source, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {"new"}
+
+
+def test_precisions_in_a_configuration_that_are_none_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    save_file({"w": torch.ones(3)}, tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text(_CONFIG)
+    consolidate(tmp_path / "in", tmp_path / "out", dtype="bf16")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads(_CONFIG)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc", "a\0b", "", "x" * 5000, "."])
+def test_a_latest_that_names_no_directory_beside_it_is_no_lead(name: str, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "latest").write_text(name)
+    with pytest.raises(CheckpointError, match="holds no checkpoint that is known here"):
+        consolidate(tmp_path / "in", tmp_path / "out")
+
+
+def test_what_is_no_file_among_the_templates_is_left_out(tmp_path: Path) -> None:
+    templates = tmp_path / "in" / "additional_chat_templates"
+    templates.mkdir(parents=True)
+    save_file({"w": torch.ones(3)}, tmp_path / "in" / "model.safetensors")
+    os.mkfifo(templates / "never-ends.jinja")
+    (templates / "tool.jinja").write_text("{{ messages }}")
+    summary = consolidate(tmp_path / "in", tmp_path / "out")
+    assert summary.side_files == ("additional_chat_templates/tool.jinja",)
+
+
+_LIMITED = """\
+import sys
+from bigtrain.checkpoint.consolidate import consolidate
+consolidate(sys.argv[1], sys.argv[2])
+"""
+
+
+def test_a_file_beside_the_weights_takes_no_memory_however_large_it_is(tmp_path: Path) -> None:
+    nbytes = 400 << 20
+    (tmp_path / "in").mkdir()
+    save_file({"w": torch.ones(3)}, tmp_path / "in" / "model.safetensors")
+    with (tmp_path / "in" / "tokenizer.json").open("wb") as file:
+        file.truncate(nbytes)
+    subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(tmp_path / "in"), str(tmp_path / "out")],
+        check=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (nbytes, nbytes)),
+    )
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_size == nbytes
+
+
+def test_a_limit_of_more_digits_than_a_number_has_is_none(tmp_path: Path) -> None:
+    source = sharded(tmp_path / "in", "safetensors")
+    consolidate(source, tmp_path / "out", max_shard_size="9" * 400 + "GB")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
