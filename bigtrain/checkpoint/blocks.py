@@ -25,7 +25,7 @@ _OPEN_FILES = 64
 """Kept open at once while reading: far below any system's limit."""
 
 
-def hash_bytes(data: bytes | memoryview) -> bytes:
+def hash_bytes(data: bytes | bytearray | memoryview) -> bytes:
     """xxh3-128 of `data`."""
     return xxhash.xxh3_128_digest(data)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bigtrain.checkpoint.blocks import BLOCK_BYTES, FileDigest, FileReader
+from bigtrain.checkpoint.blocks import BLOCK_BYTES, FileDigest, FileReader, hash_bytes
 from bigtrain.checkpoint.formats.committed import read_committed
 from bigtrain.checkpoint.index import TensorIndex
 from bigtrain.checkpoint.manifest import Manifest, Part, read_manifest, read_parts
@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 _STATE_SUFFIXES = (".distcp", ".safetensors", ".pt", ".pth", ".metadata")
 _TRAINER_STATE = "trainer_state.json"
 _STATE_NAMES = (_TRAINER_STATE, "model.safetensors.index.json")
+_TRIED_BYTES = 64 << 10
+"""Of a file of which every bit is tried: a second or two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,14 @@ class Fault:
     """Whether training goes on from it. Others (config, tokenizer) a user may have edited."""
     is_edit: bool = False
     """Whether it still says what it is for: the trainer's state, which people edit, as a text."""
+    is_slip: bool = False
+    """Whether a single bit makes the difference, as no editor but many a disk does it."""
+
+    def counts(self, *, lenient: bool) -> bool:
+        """Whether a checkpoint with it is gone on from all the same."""
+        if self.is_edit:
+            return lenient or not self.is_slip
+        return lenient and not self.is_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +63,8 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = F
     Checks the manifest, that all files are there in their size, the hashes of those of one block,
     and that the tensors are tiled without gap or overlap; with `deep`, all hashes. (Otherwise the
     larger files' are checked when they are read.) An edited `trainer_state.json` counts, with a
-    warning; `lenient` also only warns of edited files from which training does not go on.
+    warning, unless it is one flipped bit; `lenient`, for a checkpoint that was named, only warns of
+    that, too, and of edited files from which training does not go on.
     """
     manifest = read_manifest(checkpoint)
     parts = tuple(read_parts(checkpoint, manifest=manifest))
@@ -61,9 +72,9 @@ def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = F
     here = [part for part in parts if part.rank in own]
     faults = list(find_faults(checkpoint, here, deep=deep))
     for fault in faults:
-        if fault.is_edit or (lenient and not fault.is_state):
+        if fault.counts(lenient=lenient):
             logger.warning("%s; resuming all the same", fault.message)
-    grave = [f.message for f in faults if not f.is_edit and (f.is_state or not lenient)]
+    grave = [fault.message for fault in faults if not fault.counts(lenient=lenient)]
     if grave:
         raise CheckpointError("\n".join(grave))
     index = read_committed(checkpoint, manifest=manifest, parts=seen_from(manifest, parts))
@@ -89,9 +100,21 @@ def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Itera
             if message is None:
                 continue
             is_edit = name == _TRAINER_STATE and _is_json_object(path)
-            if is_edit:
+            is_slip = is_edit and _is_slip(path, digest)
+            if is_slip:
+                message = (
+                    f"{path}: one bit of it is not as it was written; if that was an edit, give "
+                    "the checkpoint by its path"
+                )
+            elif is_edit:
                 message = f"{path}: was edited after it was saved, and what it says now counts"
-            yield Fault(path=path, message=message, is_state=_is_state(name), is_edit=is_edit)
+            yield Fault(
+                path=path,
+                message=message,
+                is_state=_is_state(name),
+                is_edit=is_edit,
+                is_slip=is_slip,
+            )
 
 
 def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
@@ -111,6 +134,22 @@ def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
     finally:
         reader.close()
     return None
+
+
+def _is_slip(path: Path, digest: FileDigest) -> bool:
+    """Whether a single bit flipped back makes the file what was written. Of one that is too large
+    to try, whether its size alone allows it."""
+    content = bytearray(path.read_bytes())
+    if len(content) != digest.size or len(content) > _TRIED_BYTES:
+        return len(content) == digest.size
+    for place in range(len(content)):
+        kept = content[place]
+        for bit in range(8):
+            content[place] = kept ^ (1 << bit)
+            if hash_bytes(content) == digest.blocks:
+                return True
+        content[place] = kept
+    return False
 
 
 def _is_state(name: str) -> bool:

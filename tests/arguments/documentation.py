@@ -76,7 +76,8 @@ to do instead.
   without `compute_metrics`, callbacks and overridden evaluation; with them at the first
   evaluation, which `eval_on_start` puts before the first step.
 - **An edited `trainer_state.json`** counts, with a warning; every other file of a checkpoint's
-  state must be as it was written.
+  state must be as it was written. (A single bit that differs is damage, unless the checkpoint was
+  given by its path.)
 - **Data without a length that is read in several passes** goes on within its pass at a resume;
   transformers' starts it anew.
 - **The last window of such data**, when it is short of `gradient_accumulation_steps`, makes a

@@ -177,6 +177,24 @@ def test_an_edited_trainer_state_counts_and_is_named(
     assert "checkpoint-4/trainer_state.json: was edited after it was saved" in caplog.text
 
 
+def test_one_flipped_bit_of_it_is_no_edit_unless_the_checkpoint_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path, **fields).train()
+    path = tmp_path / "checkpoint-4" / "trainer_state.json"
+    text = path.read_text()
+    path.write_text(text.replace('"max_steps": 4', '"max_steps": 5'))
+    assert path.read_text() != text
+    run = trainer(tmp_path, **fields)
+    run.train(resume_from_checkpoint=True)
+    assert run._initial_global_step == 2
+    assert "trainer_state.json: one bit of it is not as it was written" in caplog.text
+    run = trainer(tmp_path, **fields)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert run._initial_global_step == 4
+
+
 def test_a_trainer_state_that_is_none_any_more_is_refused(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer(tmp_path, **fields).train()

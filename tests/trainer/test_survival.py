@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import random
@@ -9,11 +10,13 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from transformers import TrainerCallback
 
 from bigtrain.errors import CheckpointError
@@ -42,31 +45,110 @@ def resumed_from(run: Trainer) -> int:
     return int(run._initial_global_step)
 
 
-def test_the_next_older_one_is_gone_on_from_whichever_file_has_a_flipped_bit(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    whole = run_of(tmp_path / "whole")
-    whole.train()
-    newest = tmp_path / "whole" / f"checkpoint-{STEPS - EVERY}"
-    shutil.rmtree(tmp_path / "whole" / f"checkpoint-{STEPS}")
+def flip(content: bytes, place: int) -> bytes:
+    flipped = bytearray(content)
+    flipped[place] ^= 1
+    return bytes(flipped)
+
+
+def a_digit(content: bytes) -> int:
+    """Where one is: with another in its place a text is as good as before."""
+    return next(place for place, byte in enumerate(content) if chr(byte).isdigit())
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "flipped": lambda content: flip(content, len(content) // 2),
+    "a digit flipped": lambda content: flip(content, a_digit(content)),
+    "cut off": lambda content: content[: len(content) // 2],
+    "missing": lambda content: None,
+}
+
+
+def damaged_one_after_another(
+    world: RankInfo, folder: Path, changed: dict[str, Any], damages: list[str]
+) -> list[tuple[str, str, int, list[Any]]]:
+    """Each file of the newest damaged in turn, each time gone on; what and how, from where, how."""
+    newest = folder / f"checkpoint-{STEPS - EVERY}"
     files = sorted(path for path in newest.rglob("*") if path.is_file())
-    assert len(files) >= 10
+    found = []
     for path in files:
         content = path.read_bytes()
-        flipped = bytearray(content)
-        flipped[len(content) // 2] ^= 1
-        path.write_bytes(flipped)
-        rest = run_of(tmp_path / "whole", save_strategy="no")
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            rest.train(resume_from_checkpoint=True)
-        assert resumed_from(rest) == EVERY, path
-        assert losses(rest) == losses(whole), path
-        assert f"{newest} is passed over" in caplog.text
-        path.write_bytes(content)
-    rest = run_of(tmp_path / "whole", save_strategy="no")
+        for damage in damages:
+            if "digit" in damage and path.suffix != ".json":
+                continue
+            barrier(world)
+            if world.is_main:
+                spoiled = DAMAGES[damage](content)
+                path.unlink() if spoiled is None else path.write_bytes(spoiled)
+            barrier(world)
+            rest = run_of(folder, save_strategy="no", **changed)
+            with heard("bigtrain") as said:
+                rest.train(resume_from_checkpoint=True)
+            assert not world.is_main or f"{newest} is passed over" in said.getvalue(), path
+            name = path.relative_to(newest).as_posix()
+            found.append((name, damage, resumed_from(rest), losses(rest)))
+        barrier(world)
+        if world.is_main:
+            path.write_bytes(content)
+    barrier(world)
+    rest = run_of(folder, save_strategy="no", **changed)
+    rest.train(resume_from_checkpoint=True)
+    return [*found, ("", "none", resumed_from(rest), losses(rest))]
+
+
+@contextmanager
+def heard(name: str) -> Iterator[io.StringIO]:
+    """What is logged meanwhile."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logging.getLogger(name).addHandler(handler)
+    yield said
+    logging.getLogger(name).removeHandler(handler)
+
+
+def barrier(world: RankInfo) -> None:
+    if world.world_size > 1:
+        dist.barrier()
+
+
+LAYOUTS = {"single": (1, {}), "ddp": (2, {}), "fsdp": (2, {"fsdp": "full_shard"})}
+
+
+@pytest.mark.parametrize(
+    ("layout", "damages"),
+    [
+        ("single", ["flipped", "a digit flipped"]),
+        *(pytest.param(name, list(DAMAGES), marks=pytest.mark.slow) for name in LAYOUTS),
+    ],
+    ids=["quick", *LAYOUTS],
+)
+def test_the_next_older_one_is_gone_on_from_whichever_file_is_damaged(
+    tmp_path: Path, layout: str, damages: list[str]
+) -> None:
+    ranks, changed = LAYOUTS[layout]
+    _, whole = harness.run_ranks(ranks, train_some, tmp_path, changed)[0]
+    shutil.rmtree(tmp_path / f"checkpoint-{STEPS}")
+    arguments = (tmp_path, changed, damages)
+    for found in harness.run_ranks(ranks, damaged_one_after_another, *arguments):
+        *resumes, undamaged = found
+        assert len({name for name, *_ in resumes}) >= 10
+        for name, damage, step, again in resumes:
+            assert (step, again) == (EVERY, whole), (name, damage)
+        assert undamaged[2:] == (STEPS - EVERY, whole)
+
+
+def test_the_manifest_of_another_step_makes_no_step_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run_of(tmp_path)
+    whole.train()
+    older, newest = (tmp_path / f"checkpoint-{step}" for step in (STEPS - EVERY, STEPS))
+    shutil.copy(older / "manifest.json", newest / "manifest.json")
+    rest = run_of(tmp_path, save_strategy="no")
     rest.train(resume_from_checkpoint=True)
     assert resumed_from(rest) == STEPS - EVERY
+    assert losses(rest) == losses(whole)
+    assert f"{newest} is passed over" in caplog.text
 
 
 def spoil_a_large_file(checkpoint: Path) -> Path:
