@@ -26,6 +26,10 @@ EACH_ONCE = [
     *(Case(engine, 2) for engine in ENGINES),
     Case("zero3", 2, offloads=True),
 ]
+ADAPTERS = [
+    Case("single", 1, has_adapters=True),
+    *(Case(engine, size, has_adapters=True) for engine in ENGINES for size in (2, 3)),
+]
 ACROSS = 1e-6
 """Of a first loss, relative: the order of summation changes with the number of ranks."""
 
@@ -73,10 +77,6 @@ def assert_goes_on(writer: Case, before: Ran, reader: Case, after: Ran) -> None:
         assert after.losses[1] == pytest.approx(before.losses[1], rel=1e-4), pair
 
 
-def run_matrix(writers: list[Case], readers: list[Case], output_dir: Path) -> None:
-    check(readers, write(writers, output_dir), output_dir)
-
-
 def test_each_engine_is_read_once_and_writes_once(tmp_path: Path) -> None:
     saved = write(EACH_ONCE, tmp_path)
     order = list(saved)
@@ -85,18 +85,31 @@ def test_each_engine_is_read_once_and_writes_once(tmp_path: Path) -> None:
         check([reader], chosen, tmp_path)
 
 
-@pytest.mark.slow
-def test_every_engine_and_size_goes_on_from_every_other(tmp_path: Path) -> None:
-    run_matrix(EVERY, EVERY, tmp_path)
+Written = tuple[dict[Case, Ran], Path]
+
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    output_dir = tmp_path_factory.mktemp("every")
+    return write(EVERY, output_dir), output_dir
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    output_dir = tmp_path_factory.mktemp("adapters")
+    return write(ADAPTERS, output_dir), output_dir
 
 
 @pytest.mark.slow
-def test_adapters_beside_frozen_weights_go_on_everywhere(tmp_path: Path) -> None:
-    cases = [
-        Case("single", 1, has_adapters=True),
-        *(Case(engine, size, has_adapters=True) for engine in ENGINES for size in (2, 3)),
-    ]
-    run_matrix(cases, cases, tmp_path)
+@pytest.mark.parametrize("reader", EVERY, ids=str)
+def test_every_engine_and_size_goes_on_from_every_other(every: Written, reader: Case) -> None:
+    check([reader], *every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reader", ADAPTERS, ids=str)
+def test_adapters_beside_frozen_weights_go_on_everywhere(adapters: Written, reader: Case) -> None:
+    check([reader], *adapters)
 
 
 @pytest.mark.slow
