@@ -13,7 +13,7 @@ from transformers import TrainerState
 from bigtrain.checkpoint.foreign import has_been_split
 from bigtrain.checkpoint.manifest import MANIFEST, Progress
 from bigtrain.errors import CheckpointError
-from bigtrain.trainer.saving import SAFETENSORS_FILE, TORCH_FILE
+from bigtrain.trainer.models import SAFETENSORS_FILE, TORCH_FILE
 
 
 @dataclass(frozen=True, kw_only=True)

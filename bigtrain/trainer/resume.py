@@ -1,8 +1,7 @@
 """Going on from a checkpoint: which one, what of it, and where the data continues.
 
 bigtrain's own checkpoints load into any engine at any size, and so do those with an optimizer's
-state that transformers, accelerate, DeepSpeed or torch wrote. Adapters that transformers wrote
-load where the model is whole on every rank.
+state that transformers, accelerate, DeepSpeed or torch wrote; `plain_weights` loads the rest.
 """
 
 from __future__ import annotations
@@ -14,21 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import nn
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import (
     _is_peft_model,
     compare_trainer_and_checkpoint_args,
     get_last_checkpoint,
-    load_sharded_checkpoint,
 )
 
 from bigtrain.checkpoint.agreement import attempt, on_main
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
-from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
 from bigtrain.errors import CheckpointError
@@ -41,13 +36,9 @@ from bigtrain.trainer.candidates import (
     is_transformers,
     trainer_state,
 )
-from bigtrain.trainer.saving import (
-    SAFETENSORS_FILE,
-    TORCH_FILE,
-    TRAINER_STATE_FILE,
-    TRAINING_ARGS_FILE,
-    Saving,
-)
+from bigtrain.trainer.models import TRAINING_ARGS_FILE
+from bigtrain.trainer.plain_weights import PlainWeights
+from bigtrain.trainer.saving import TRAINER_STATE_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +47,11 @@ class NoCheckpointError(CheckpointError, ValueError):
     """Nothing to resume from. Also the ValueError that scripts for transformers' Trainer expect."""
 
 
-class Resume(Saving):
+class Resume(PlainWeights):
     """What the trainer reads back."""
 
     _position: Position | None = None
     _is_sized = True  # the training data has a length
-    _restored: Path | None = None  # what the engine was filled from last
     _has_trained = False  # what is in the directory since then is this trainer's own
     _search: Search | None = None
     """How the checkpoint was found, and an older one can be; None where it was named."""
@@ -299,72 +289,6 @@ class Resume(Saving):
             return None, 1
         with safe_globals():
             return torch.load(path, weights_only=True), self.args.world_size
-
-    def _loads_before_preparing(self, checkpoint: Path) -> bool:
-        """Whether only transformers' own way of loading reads it: adapters, or weights alone."""
-        if is_ours(checkpoint):
-            return False
-        return _is_peft_model(self.model) or not is_foreign(checkpoint)
-
-    # ---- transformers' own checkpoints ----
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str | Path, model: nn.Module | None = None
-    ) -> None:
-        """A checkpoint's weights, into the model. At a resume each rank has read its own bytes of
-        bigtrain's when this is called, and an override adds to that."""
-        directory = Path(resume_from_checkpoint)
-        if model is None and directory == self._restored:
-            return
-        is_trained = model is None or model is self.model
-        model = self.model if model is None else model
-        is_prepared = is_trained and self._is_prepared and not _is_peft_model(model)
-        if is_ours(directory) and is_prepared:
-            with open_checkpoint(directory) as loaded:
-                self.engine.load_local_state(loaded.source, optimizer=False)
-            return
-        if self.engine.is_sharded and is_trained:
-            raise CheckpointError(
-                f"{directory} was not written by bigtrain (it has no {MANIFEST}), and engine "
-                f"{self.engine.name} can't load it; load it as the model, or use engine ddp"
-            )
-        if _is_peft_model(model):
-            adapter = model.active_adapters[0]  # type: ignore[index,union-attr]
-            model.load_adapter(str(directory), adapter, is_trainable=True)  # type: ignore[operator]
-        elif (directory / SAFETENSORS_FILE).is_file():
-            self._fill(model, load_file(str(directory / SAFETENSORS_FILE)))
-        elif (directory / TORCH_FILE).is_file():
-            self._fill(
-                model, torch.load(directory / TORCH_FILE, map_location="cpu", weights_only=True)
-            )
-        else:
-            load_sharded_checkpoint(model, str(directory), strict=False)
-
-    def _fill(self, model: nn.Module, state_dict: dict[str, Any]) -> None:
-        result = model.load_state_dict(state_dict, strict=False)
-        if hasattr(model, "tie_weights"):
-            model.tie_weights()  # type: ignore[operator]
-        tied = set(getattr(model, "_tied_weights_keys", None) or ())
-        missing = [name for name in result.missing_keys if name not in tied]
-        if missing:
-            logger.warning("There were missing keys in the checkpoint model loaded: %s", missing)
-        if result.unexpected_keys:
-            logger.warning(
-                "There were unexpected keys in the checkpoint model loaded: %s",
-                result.unexpected_keys,
-            )
-
-    def _load_foreign_optimizer(self, checkpoint: Path) -> None:
-        optimizer, scheduler = checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"
-        self._require_resumable(checkpoint, optimizer.is_file() and scheduler.is_file())
-        device = str(self.engine.device)
-        state = torch.load(optimizer, map_location=device, weights_only=True)
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state)
-        self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
-        scaler = checkpoint / "scaler.pt"
-        if scaler.is_file():
-            self.engine.load_scaler_state(torch.load(scaler, weights_only=True))
 
     # ---- Weights alone ----
 
