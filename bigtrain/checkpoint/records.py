@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.dtypes import dtype_named
-from bigtrain.checkpoint.formats.dcp import METADATA
+from bigtrain.checkpoint.formats.dcp import METADATA, inside
 from bigtrain.checkpoint.inert import Inert, brief, class_name, read_pickle
 from bigtrain.checkpoint.manifest import Part
 from bigtrain.checkpoint.torch_file import Archive
@@ -120,10 +120,11 @@ def read_dcp_items(directory: Path) -> DcpItems:
     metadata = read_pickle(path.read_bytes(), path=path)
     try:
         stored: Mapping[str, Inert] = metadata.fields["state_dict_metadata"]
-        items: dict[Path, list[tuple[int, int]]] = {}
+        items: dict[str, list[tuple[int, int]]] = {}
         for info in metadata.fields["storage_data"].values():
             place = (int(info.fields["offset"]), int(info.fields["length"]))
-            items.setdefault(directory / info.fields["relative_path"], []).append(place)
+            items.setdefault(info.fields["relative_path"], []).append(place)
+        files = {name: directory / inside(directory, name) for name in items}
     except (AttributeError, KeyError, TypeError, ValueError) as fault:
         raise CheckpointError(
             f"{path}: not the metadata of a DCP checkpoint ({brief(fault)})"
@@ -131,7 +132,7 @@ def read_dcp_items(directory: Path) -> DcpItems:
     return DcpItems(
         directory=directory,
         keys=tuple(key for key, value in stored.items() if _is_tensor(value)),
-        items={file: sorted(places) for file, places in items.items()},
+        items={files[name]: sorted(places) for name, places in items.items()},
     )
 
 

@@ -202,7 +202,8 @@ class Staging:
 
     def close(self) -> None:
         """Let others have the directory. Safe to call twice."""
-        self._journal.close()
+        with suppress(OSError):  # a full disk, which doesn't take what was to be entered last
+            self._journal.close()
 
     def _lock(self) -> None:
         try:

@@ -29,6 +29,7 @@ from bigtrain.checkpoint.inert import (
     unfolds,
     without_collecting,
 )
+from bigtrain.checkpoint.json_object import counts
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -97,18 +98,15 @@ def _index(found: _Directory, *, tells_bare: bool) -> TensorIndex:
         name, kind = split_key(key)
         if is_bare and kind == WEIGHT:
             name = key
+        try:
+            extents = _extents(shape, dtype, boxes, items, locate)
+        except (ValueError, TypeError, IndexError, OverflowError) as fault:
+            raise CheckpointError(
+                f"{found.path / METADATA}: the pieces of {key} are none of a tensor of "
+                f"{list(shape)} ({brief(fault)}); it is damaged"
+            ) from fault
         entries[name, kind] = TensorEntry(
-            name=name,
-            kind=kind,
-            shape=shape,
-            dtype=dtype,
-            extents=_extents(
-                shape,
-                dtype,
-                boxes,
-                items,
-                lambda file, offset: _locate(found, chunks[file, offset]),
-            ),
+            name=name, kind=kind, shape=shape, dtype=dtype, extents=extents
         )
     return TensorIndex(files=found.files, entries=entries, param_groups=_read_groups(found))
 
@@ -186,7 +184,7 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
             )
         name = where["relative_path"]
         if name not in files:
-            files[_inside(directory, name)] = len(files)
+            files[inside(directory, name)] = len(files)
         item = _Item(files[name], where["offset"], where["length"])
         place = vars(index)
         items[place["fqn"], place.get("offset")] = item
@@ -211,10 +209,12 @@ def _parse_tensor(stored: Inert) -> tuple[DType, tuple[int, ...], tuple[Box, ...
     boxes = tuple(
         Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in stored.fields["chunks"]
     )
-    return dtype_named(dtype_name.removeprefix("torch.")), tuple(stored.fields["size"]), boxes
+    shape = counts(list(stored.fields["size"]))
+    return dtype_named(dtype_name.removeprefix("torch.")), shape, boxes
 
 
-def _inside(directory: Path, relative: str) -> str:
+def inside(directory: Path, relative: str) -> str:
+    """The file's name, if it lies in the directory; CheckpointError else."""
     if Path(relative).is_absolute() or ".." in Path(relative).parts:
         raise CheckpointError(f"{directory}: names the file {relative}, outside of itself")
     return relative

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.metadata import Metadata
 
 from bigtrain.checkpoint.consolidate import consolidate
 from bigtrain.errors import CheckpointError
@@ -114,3 +118,60 @@ def test_a_limit_of_more_digits_than_a_number_has_is_none(tmp_path: Path) -> Non
     source = sharded(tmp_path / "in", "safetensors")
     consolidate(source, tmp_path / "out", max_shard_size="9" * 400 + "GB")
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def edited(directory: Path, edit: Callable[[Metadata], None]) -> Path:
+    """A DCP checkpoint of one matrix and one vector, its metadata changed."""
+    state = {"matrix": torch.arange(6.0).reshape(2, 3), "vector": torch.ones(3)}
+    dcp.save(state, checkpoint_id=str(directory), no_dist=True)
+    path = directory / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    edit(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+    return directory
+
+
+def of_storage(**fields: object) -> Callable[[Metadata], None]:
+    def edit(metadata: Metadata) -> None:
+        for each in metadata.storage_data.values():
+            vars(each).update(fields)
+
+    return edit
+
+
+def of_matrix(**fields: object) -> Callable[[Metadata], None]:
+    return lambda metadata: vars(metadata.state_dict_metadata["matrix"]).update(fields)
+
+
+def of_piece(**fields: object) -> Callable[[Metadata], None]:
+    return lambda metadata: vars(metadata.state_dict_metadata["matrix"].chunks[0]).update(fields)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (of_storage(relative_path="../a/__0_0.distcp"), "outside of itself"),
+        (of_storage(relative_path="/etc/passwd"), "outside of itself"),
+        (of_storage(relative_path="."), "is missing"),
+        (of_storage(relative_path="a\0b"), "is missing"),
+        (of_storage(offset=-1), "damaged"),
+        (of_storage(offset=2**63), "cut off"),
+        (of_storage(length=2**62), "cut off"),
+        (of_storage(offset="a"), "not the metadata of a DCP checkpoint"),
+        (of_matrix(size=torch.Size([-2, 3])), "not the metadata of a DCP checkpoint"),
+        (of_matrix(size=torch.Size([2**40, 3])), "incomplete"),
+        (of_matrix(size=torch.Size([6])), "pieces of matrix are none of a tensor of"),
+        (of_matrix(chunks=[]), "incomplete"),
+        (of_matrix(chunks=7), "not the metadata of a DCP checkpoint"),
+        (of_piece(offsets=torch.Size([1, 1])), "listed but not stored"),
+        (of_piece(sizes=torch.Size([6, 1, 1])), "pieces of matrix are none of a tensor of"),
+        (of_piece(sizes=torch.Size([-2, -3])), "incomplete|none of a tensor|not the float32"),
+    ],
+)
+def test_metadata_of_dcp_that_can_not_be_is_refused(
+    edit: Callable[[Metadata], None], message: str, tmp_path: Path
+) -> None:
+    source = edited(tmp_path / "in", edit)
+    with pytest.raises(CheckpointError, match=message):
+        consolidate(source, tmp_path / "out", trust_times=True)
+    assert not (tmp_path / "out").exists()

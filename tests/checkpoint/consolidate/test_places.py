@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,25 @@ def test_resume_with_still_too_little_space_keeps_what_there_is(
     now = {path.name: path.stat().st_size for path in (tmp_path / "out.partial").iterdir()}
     assert now == there
     assert len((tmp_path / "out.partial" / "journal.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_disk_that_takes_no_more_entries_hides_no_fault(small_disk: Path) -> None:
+    with (
+        pytest.raises(CheckpointError, match="the fault itself"),
+        Staging(small_disk / "out", fingerprint="x", resume=False) as staging,
+    ):
+        first = {"end": 1, "name": "a", "xxh3": "", "infinite": 0}
+        staging.append([{"file": "model.safetensors", **first}])
+        with (small_disk / "others").open("wb", buffering=0) as others, suppress(OSError):
+            while True:
+                others.write(bytes(4096))
+        with pytest.raises(OSError, match="No space left on device"):
+            staging.append([{"file": "model.safetensors", **first, "name": "w" * 5000}])
+        raise CheckpointError("the fault itself")
+
+    (small_disk / "others").unlink()
+    with Staging(small_disk / "out", fingerprint="x", resume=True) as again:
+        assert again.file("model.safetensors").hashes == {"a": ""}
 
 
 def test_a_directory_that_is_called_like_the_staging_is_not_emptied(tmp_path: Path) -> None:
