@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import xxhash
 
 from bigtrain.checkpoint.crc32 import crc32
+
+_BUFFER_BYTES = 1 << 20
 
 
 class Digest:
@@ -30,3 +34,16 @@ class Digest:
     def hexdigest(self) -> str:
         """The xxh3, as `xxhsum -H2` prints it."""
         return self._xxh3.hexdigest()
+
+
+def digest_range(fd: int, offset: int, nbytes: int, *digests: Digest) -> None:
+    """Read a file's bytes into all of the digests; fewer where the file is shorter."""
+    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, nbytes))))
+    while nbytes > 0:
+        count = os.preadv(fd, [buffer[:nbytes]], offset)
+        if count == 0:
+            break
+        for each in digests:
+            each.update(buffer[:count])
+        offset += count
+        nbytes -= count

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-from bigtrain.checkpoint.consolidate.digest import Digest
+from bigtrain.checkpoint.consolidate.digest import Digest, digest_range
 from bigtrain.checkpoint.consolidate.frames import OutputTensor
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.outlet import write_all
@@ -76,7 +76,8 @@ class FileJournal:
                 break
             longer, own = whole.copy(), Digest(needs_crc=frame.needs_crc)
             _write_at(fd, frame.lead(number), end=frame.offsets[number], digest=longer)
-            if _read_range(fd, frame.offsets[number], tensor.nbytes, longer, own) != entry.xxh3:
+            digest_range(fd, frame.offsets[number], tensor.nbytes, longer, own)
+            if own.hexdigest() != entry.xxh3:
                 logger.warning("%s: %s is not as it was; written anew", self._name, tensor.name)
                 break
             tail = frame.tail(number, own.crc32)
@@ -296,17 +297,3 @@ def _write_at(fd: int, data: bytes, *, end: int, digest: Digest) -> None:
     if data:
         write_all(fd, data, end - len(data))
         digest.update(data)
-
-
-def _read_range(fd: int, offset: int, nbytes: int, whole: Digest, own: Digest) -> str:
-    """The hash of a range, which goes into both; of less where the file is shorter."""
-    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, nbytes))))
-    while nbytes:
-        count = os.preadv(fd, [buffer[:nbytes]], offset)
-        if count == 0:
-            break
-        own.update(buffer[:count])
-        whole.update(buffer[:count])
-        offset += count
-        nbytes -= count
-    return own.hexdigest()

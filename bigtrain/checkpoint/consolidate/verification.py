@@ -6,15 +6,13 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bigtrain.checkpoint.consolidate.digest import Digest
+from bigtrain.checkpoint.consolidate.digest import Digest, digest_range
 from bigtrain.checkpoint.consolidate.journal import SpoiledError
 from bigtrain.checkpoint.consolidate.layout import OutputFile
 from bigtrain.checkpoint.consolidate.stream import WrittenFile
 from bigtrain.checkpoint.source import Source
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
-
-_BUFFER_BYTES = 1 << 20
 
 
 def check_source(source: Source) -> str:
@@ -47,12 +45,14 @@ def _read_back_file(file: OutputFile, expected: WrittenFile, fd: int) -> None:
     """Tensor by tensor, so that a fault has a name; then what lies between them."""
     whole, at = Digest(), 0
     for tensor, offset in zip(file.tensors, file.frame.offsets, strict=True):
-        _hash(fd, at, offset - at, whole)
-        if _hash(fd, offset, tensor.nbytes, whole) != expected.tensors[tensor.name]:
+        own = Digest()
+        digest_range(fd, at, offset - at, whole)
+        digest_range(fd, offset, tensor.nbytes, whole, own)
+        if own.hexdigest() != expected.tensors[tensor.name]:
             raise _not_as_written(file, tensor.name)
         at = offset + tensor.nbytes
     size = os.fstat(fd).st_size
-    _hash(fd, at, size - at, whole)
+    digest_range(fd, at, size - at, whole)
     if whole.hexdigest() != expected.xxh3:
         raise _not_as_written(file, "what surrounds its tensors")
 
@@ -62,17 +62,3 @@ def _not_as_written(file: OutputFile, what: str) -> SpoiledError:
         f"{file.name}: {what} is not on the disk as it was written; the disk or the memory is "
         "faulty, and nothing was removed"
     )
-
-
-def _hash(fd: int, offset: int, nbytes: int, whole: Digest) -> str:
-    own = Digest()
-    buffer = memoryview(bytearray(min(_BUFFER_BYTES, max(1, nbytes))))
-    while nbytes > 0:
-        count = os.preadv(fd, [buffer[:nbytes]], offset)
-        if count == 0:
-            break
-        own.update(buffer[:count])
-        whole.update(buffer[:count])
-        offset += count
-        nbytes -= count
-    return own.hexdigest()

@@ -14,7 +14,7 @@ from bigtrain.checkpoint.consolidate import consolidate
 
 ZERO = ["zero1", "zero1_fp32", "zero2", "zero2_fp32", "zero3", "zero3_fp32"]
 DCP = ["dcp_bare", "dcp_both", "fsdp"]
-WORLDS = [3, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 5, 7))]
+WORLDS = [3, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 4, 5, 6, 7))]
 Written = Callable[[int], Path]
 
 pytestmark = pytest.mark.parametrize("world", WORLDS)
