@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ _USED = (
     "init_lora_weights",
     "lora_alpha",
     "peft_type",
+    "r",
+    "rank_pattern",
     "use_rslora",
 )
 _WITHOUT_EFFECT = (
@@ -45,8 +48,6 @@ _WITHOUT_EFFECT = (
     "modules_to_save",
     "peft_version",
     "qalora_group_size",
-    "r",
-    "rank_pattern",
     "revision",
     "runtime_config",
     "target_modules",
@@ -86,11 +87,11 @@ def read_adapter_config(path: Path | None, *, has_base: bool) -> dict[str, Any]:
 
 
 def _check_types(path: Path, config: dict[str, Any]) -> None:
-    patterns = config.get("alpha_pattern") or {}
-    strengths = list(patterns.values()) if isinstance(patterns, dict) else [None]
     wrong = {
-        "alpha_pattern": not all(map(_is_number, strengths)) or not all(map(_is_pattern, patterns)),
+        "alpha_pattern": not _are_patterns(config.get("alpha_pattern"), _is_number),
+        "rank_pattern": not _are_patterns(config.get("rank_pattern"), _is_rank),
         "lora_alpha": not _is_number(config.get("lora_alpha", 8)),
+        "r": not _is_rank(config.get("r", 8)),
         "base_model_name_or_path": not isinstance(
             config.get("base_model_name_or_path"), str | None
         ),
@@ -102,7 +103,23 @@ def _check_types(path: Path, config: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _are_patterns(value: Any, is_right: Callable[[Any], bool]) -> bool:
+    """Whether it says right things of modules by patterns of their names, or nothing."""
+    if not isinstance(value, dict | None):
+        return False
+    return all(_is_pattern(key) and is_right(said) for key, said in (value or {}).items())
 
 
 def _is_pattern(text: str) -> bool:

@@ -123,20 +123,24 @@ def _update(
             f"{name} is square, and PEFT follows fan_in_fan_out in some kinds of layers only: "
             "which way it is stored can't be told; merge it by PEFT's merge_and_unload"
         )
-    return LowRank(
-        a=a, b=b, rank=rank, scaling=_scaling(name, rank, config), is_transposed=transposed
-    )
+    said = _at(name, config.get("rank_pattern"), config.get("r", rank))
+    if said != rank:
+        raise CheckpointError(
+            f"{name} is adapted with rank {rank}, and its configuration says {said}: they don't "
+            "belong together"
+        )
+    alpha = _at(name, config.get("alpha_pattern"), config.get("lora_alpha", 8))
+    scaling = float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRank(a=a, b=b, rank=rank, scaling=scaling, is_transposed=transposed)
 
 
-def _scaling(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """How strong the adapter is at this weight."""
-    alpha = config.get("lora_alpha", 8)
+def _at(name: str, patterns: Mapping[str, float] | None, otherwise: float) -> float:
+    """What the first pattern that this weight's module has says, as PEFT finds it."""
     module = name.removesuffix(".weight")
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
+    for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            return value
+    return otherwise
 
 
 def _piece(name: str) -> _Piece | None:
