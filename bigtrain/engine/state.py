@@ -120,6 +120,18 @@ def load_groups(optimizer: Optimizer, names: Sequence[Sequence[str]], source: St
                 group[key] = theirs[key]
 
 
+def is_like(kept: Any, parameter: Tensor, *, dtype: torch.dtype) -> bool:
+    """Whether what the optimizer has kept can be read into: then no second one is made beside it,
+    and no fresh memory has to be cleared."""
+    return (
+        isinstance(kept, Tensor)
+        and type(kept) is type(parameter.data)
+        and kept.is_contiguous()
+        and (kept.shape, kept.dtype, kept.device) == (parameter.shape, dtype, parameter.device)
+        and getattr(kept, "placements", None) == getattr(parameter, "placements", None)
+    )
+
+
 def cannot_divide(name: str, kind: str, shape: Sequence[int], parameter: Sequence[int]) -> str:
     """The message where an optimizer keeps what has not one number for each of its parameter's."""
     return (
@@ -207,11 +219,15 @@ class TrainingState:
         """Make the optimizer's state anew, as `source` has it, and take over the groups' values."""
         optimizer = self._trained()
         load_groups(optimizer, self._names, source)
+        before = dict(optimizer.state)
         optimizer.state.clear()
         for group, names in zip(optimizer.param_groups, self._names, strict=True):
             for name, parameter in zip(names, group["params"], strict=True):
+                kept = before.pop(parameter, {})
                 moments = {
-                    kind: self._load_moment(source, name, kind, parameter, group)
+                    kind: self._load_moment(
+                        source, name, kind, parameter, group, kept=kept.get(kind)
+                    )
                     for kind in source.kinds(name)
                     if kind not in (WEIGHT, BUFFER) and not is_opaque(kind)
                 }
@@ -245,12 +261,16 @@ class TrainingState:
         kind: str,
         parameter: Tensor,
         group: Mapping[str, Any],
+        *,
+        kept: Any,
     ) -> Any:
         dtype, shape = source.kinds(name)[kind], tuple(source.shape(name, kind))
         if shape == tuple(parameter.shape) and kind != "step":
             # As torch's own load_state_dict: what has the parameter's shape has its precision.
-            kept = parameter.dtype if dtype.is_floating_point else dtype
-            moment = torch.empty_like(parameter, dtype=kept, requires_grad=False)
+            wanted = parameter.dtype if dtype.is_floating_point else dtype
+            moment = kept if is_like(kept, parameter, dtype=wanted) else None
+            if moment is None:
+                moment = torch.empty_like(parameter, dtype=wanted, requires_grad=False)
             read_placed(source, name, kind, self._place(moment))
             return moment
         if shape != () and self._is_cut(parameter):

@@ -9,7 +9,7 @@ bf16_optimizer.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,19 @@ def flat_groups(zero: Any, names: Mapping[int, str]) -> list[FlatGroup]:
         )
         for index, (master, (parameters, offsets)) in enumerate(zip(masters, layouts, strict=True))
     ]
+
+
+def partitioned_copies(zero: Any) -> Iterator[tuple[Sequence[Tensor], Tensor, Any]]:
+    """Stages 1 and 2, group by group: all ranks' partitions of the model's own copy, in the compute
+    precision; this rank's master; and the process group that they are divided over."""
+    if hasattr(zero, "bf16_partitioned_groups"):
+        copies, masters = zero.bf16_partitioned_groups, zero.fp32_groups_flat_partition
+    else:
+        copies, masters = (
+            zero.parallel_partitioned_bit16_groups,
+            zero.single_partition_of_fp32_groups,
+        )
+    yield from zip(copies, masters, zero.real_dp_process_group, strict=True)
 
 
 def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from bigtrain.engine.protocol import BUFFER, WEIGHT, LocalTensor, StateSource
 from bigtrain.engine.state import (
     Placement,
     cannot_divide,
+    is_like,
     load_opaque,
     load_scalar,
     named_buffers,
@@ -25,7 +26,14 @@ from bigtrain.engine.state import (
     read_placed,
     whole,
 )
-from bigtrain.engine.zero_layout import FlatGroup, Member, flat_groups, stage3_slice, whole_shape
+from bigtrain.engine.zero_layout import (
+    FlatGroup,
+    Member,
+    flat_groups,
+    partitioned_copies,
+    stage3_slice,
+    whole_shape,
+)
 from bigtrain.errors import CheckpointError
 
 
@@ -155,7 +163,7 @@ class ZeroState:
         ):
             # DeepSpeed's first ones, where it has made some already: no second set beside them.
             moment = self._zero.optimizer.state.get(group.master, {}).get(kind)
-            if not _is_like(moment, group.master):
+            if not is_like(moment, group.master, dtype=group.master.dtype):
                 moment = torch.empty_like(group.master, requires_grad=False)
             _clear_between(moment, having)
             for member in having:
@@ -206,25 +214,33 @@ class ZeroState:
     def _refresh(self) -> None:
         """Bring the model's copies, in the compute precision, up to the masters."""
         if hasattr(self._zero, "update_lp_params"):
-            self._zero.update_lp_params()
+            self._refresh_partitions()
         elif self._trains:
             for index in range(len(self.groups)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(index)
         if kept := getattr(self._zero, "persistent_parameters", None):
             kept[0].all_gather(kept)
 
+    def _refresh_partitions(self) -> None:
+        """Stages 1 and 2: what `update_lp_params` does. Over gloo with broadcasts into place, which
+        take a fifth of the time of its all-gather."""
+        for partitions, master, group in partitioned_copies(self._zero):
+            if partitions[0].device.type != "cpu":
+                self._zero.update_lp_params()
+                return
+            partitions[dist.get_rank(group)].copy_(master)
+            sending = [
+                dist.broadcast(
+                    part, src=dist.get_global_rank(group, rank), group=group, async_op=True
+                )
+                for rank, part in enumerate(partitions)
+            ]
+            for work in sending:
+                work.wait()
+
 
 def _is_opaque(value: Any, group: FlatGroup) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape != group.master.shape
-
-
-def _is_like(moment: Any, master: Tensor) -> bool:
-    return (
-        isinstance(moment, Tensor)
-        and moment.is_contiguous()
-        and (moment.shape, moment.dtype, moment.device)
-        == (master.shape, master.dtype, master.device)
-    )
 
 
 def _clear_between(flat: Tensor, members: Sequence[Member]) -> None:

@@ -24,6 +24,7 @@ from bigtrain.checkpoint.agreement import attempt, on_main
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
+from bigtrain.checkpoint.manifest import MANIFEST, PARTS
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
 from bigtrain.errors import CheckpointError
@@ -134,16 +135,24 @@ class Resume(PlainWeights):
         found = find_checkpoint(
             directory, since=search.since, excluding=search.damaged, resumable=True
         )
+        chosen = found.path
+        if chosen is None and search.since is None:
+            chosen = self._find_last_of_others(search)
         for path, why in found.passed_over:
-            if not (is_transformers(path) and not is_ours(path)):
-                logger.warning("%s is passed over: %s", path, why)
-        if found.path is not None or search.since is not None:
-            return found.path
-        if found.passed_over and all(is_ours(path) for path, _ in found.passed_over):
+            if path == chosen:
+                break  # transformers' own, which has no manifest; those that follow are older
+            logger.warning("%s is passed over: %s", path, why)
+        if chosen is None and found.passed_over and search.since is None:
             logger.warning("no checkpoint in %s is whole: training starts anew", directory)
-        last = get_last_checkpoint(str(directory))
+        return chosen
+
+    def _find_last_of_others(self, search: Search) -> Path | None:
+        """transformers' newest, as it finds it."""
+        last = get_last_checkpoint(str(self._output_dir()))
         if last is None or Path(last) in search.damaged or is_ours(Path(last)):
             return None
+        if (Path(last) / PARTS).is_dir() and not (Path(last) / MANIFEST).is_file():
+            return None  # bigtrain's, without its manifest: nothing tells whether it is whole
         if not (is_transformers(Path(last)) or is_foreign(Path(last))):
             return None
         return Path(last)

@@ -151,6 +151,16 @@ def test_the_manifest_of_another_step_makes_no_step_of_it(
     assert f"{newest} is passed over" in caplog.text
 
 
+def test_what_has_lost_its_manifest_is_not_taken_for_another_tools(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path, max_steps=EVERY).train()
+    (tmp_path / f"checkpoint-{EVERY}" / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        run_of(tmp_path).train(resume_from_checkpoint=True)
+    assert f"checkpoint-{EVERY} is passed over" in caplog.text
+
+
 def spoil_a_large_file(checkpoint: Path) -> Path:
     """In a block after the first, which nobody reads before it is loaded."""
     path = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
