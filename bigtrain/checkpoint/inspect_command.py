@@ -48,9 +48,17 @@ def inspect(
         other=diff,
         all_tensors=tensors,
         as_json=as_json,
-        say=typer.echo,
+        say=lambda line: typer.echo(_printable(line)),
     )
     raise typer.Exit(code)
+
+
+def _printable(line: str) -> str:
+    """A file can name a tensor whatever it likes, also what a terminal would obey."""
+    if line.isprintable():
+        return line
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(shown)
 
 
 def run(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.dtypes import dtype_named
-from bigtrain.checkpoint.formats.dcp import METADATA, inside
+from bigtrain.checkpoint.formats.dcp import METADATA, counted, inside
 from bigtrain.checkpoint.inert import Inert, brief, class_name, read_pickle
 from bigtrain.checkpoint.manifest import Part
 from bigtrain.checkpoint.torch_file import Archive
@@ -122,7 +122,7 @@ def read_dcp_items(directory: Path) -> DcpItems:
         stored: Mapping[str, Inert] = metadata.fields["state_dict_metadata"]
         items: dict[str, list[tuple[int, int]]] = {}
         for info in metadata.fields["storage_data"].values():
-            place = (int(info.fields["offset"]), int(info.fields["length"]))
+            place = (counted(info.fields["offset"]), counted(info.fields["length"]))
             items.setdefault(info.fields["relative_path"], []).append(place)
         files = {name: directory / inside(directory, name) for name in items}
     except (AttributeError, KeyError, TypeError, ValueError) as fault:

@@ -25,6 +25,10 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Signature, and the lengths of name and extra field; the payload follows those two."""
 
 
+_ENCRYPTED = 1
+"""The flag of a zip's record that asks for a password."""
+
+
 class TensorRef(NamedTuple):
     """Where the elements of one tensor lie in its file."""
 
@@ -78,8 +82,9 @@ class Archive:
             return zipped.testzip()
 
     def _content(self, zipped: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
-        if record.compress_type:
-            raise CheckpointError(f"{self.path}: is compressed, which torch.save never does")
+        if record.compress_type or record.flag_bits & _ENCRYPTED:
+            how = "compressed" if record.compress_type else "encrypted"
+            raise CheckpointError(f"{self.path}: is {how}, which torch.save never does")
         try:
             return zipped.read(record)
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as fault:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from bigtrain.checkpoint.formats.safetensors import header_bytes, read_safetenso
 from bigtrain.checkpoint.formats.transformers_dir import read_transformers
 from bigtrain.checkpoint.index import TensorIndex
 from bigtrain.checkpoint.load import IndexedSource
+from bigtrain.checkpoint.records import read_dcp_items
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
 from tests.checkpoint.stand_in import make_state, run_ranks
@@ -250,14 +252,37 @@ def test_hostile_metadata_does_nothing_and_is_refused(tmp_path: Path) -> None:
     assert not touched.exists()
 
 
-def test_metadata_that_points_outside_is_refused(tmp_path: Path) -> None:
+OUTSIDE = "names the file .*, outside of itself"
+NO_METADATA = r"\.metadata: not the metadata of a DCP checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "told"),
+    [
+        ("relative_path", "/etc/passwd", OUTSIDE),
+        ("relative_path", "../outside", OUTSIDE),
+        ("relative_path", ".", OUTSIDE),
+        ("relative_path", "a\0b", OUTSIDE),
+        ("relative_path", "x" * 5000, "too long"),
+        ("relative_path", 5, NO_METADATA),
+        ("offset", -5, NO_METADATA),
+        ("offset", 1.5, NO_METADATA),
+        ("offset", 1 << 70, NO_METADATA),
+        ("length", "a", NO_METADATA),
+    ],
+)
+@pytest.mark.parametrize("read_it", [read_dcp, read_dcp_items], ids=["index", "items"])
+def test_metadata_that_says_what_no_writer_says_is_refused_in_few_words(
+    tmp_path: Path, field: str, value: Any, told: str, read_it: Callable[[Path], Any]
+) -> None:
     import pickle
 
-    run_ranks(2, save_columns, tmp_path / "dcp")
-    path = tmp_path / "dcp" / ".metadata"
-    metadata = pickle.loads(path.read_bytes())
-    for info in metadata.storage_data.values():
-        info.relative_path = "../../etc/passwd"
-    path.write_bytes(pickle.dumps(metadata))
-    with pytest.raises(CheckpointError, match="names the file"):
-        read_dcp(tmp_path / "dcp")
+    directory = tmp_path / "dcp"
+    dcp.save({"model.a": torch.ones(4, 4)}, checkpoint_id=directory, no_dist=True)
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    for stored in metadata.storage_data.values():
+        setattr(stored, field, value)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=told) as refusal:
+        read_it(directory)
+    assert len(str(refusal.value)) < 500

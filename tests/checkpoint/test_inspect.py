@@ -206,3 +206,14 @@ def test_a_path_without_a_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
 
     assert done.exit_code != 0
     assert str(tmp_path) in str(done.exception)
+
+
+def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path: Path) -> None:
+    header = json.dumps(
+        {"\x1b[2J\ud800": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
+    ).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(4)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path), "--tensors"])
+    assert done.exit_code == 0
+    assert r"\x1b[2J\ud800  weight  float32" in done.stdout

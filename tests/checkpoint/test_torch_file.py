@@ -168,6 +168,19 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         Archive(path).read()
 
 
+def test_an_encrypted_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.ones(4)}, path)
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    while entry >= 0:
+        content[entry + 8] |= 1
+        entry = content.find(b"PK\x01\x02", entry + 4)
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is encrypted, which torch.save never does"):
+        Archive(path).read()
+
+
 def test_a_tensor_that_reaches_outside_its_storage_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.pt"
     torch.save(torch.ones(4, 5), path)

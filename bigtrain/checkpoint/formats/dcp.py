@@ -39,6 +39,8 @@ STATE = "optim.state"
 GROUPS = "optim.param_groups"
 _STATES = (f"{STATE}.", "optimizer.state.")
 _GROUPS = (f"{GROUPS}.", "optimizer.param_groups.")
+_LONGEST_NAME = 255
+"""Of a file, on nearly all file systems."""
 
 
 class _Item(NamedTuple):
@@ -185,9 +187,10 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
         name = where["relative_path"]
         if name not in files:
             files[inside(directory, name)] = len(files)
-        item = _Item(files[name], where["offset"], where["length"])
         place = vars(index)
-        items[place["fqn"], place.get("offset")] = item
+        items[place["fqn"], place.get("offset")] = _Item(
+            files[name], counted(where["offset"]), counted(where["length"])
+        )
     tensors = {}
     objects = set()
     for key, stored in metadata["state_dict_metadata"].items():
@@ -213,10 +216,20 @@ def _parse_tensor(stored: Inert) -> tuple[DType, tuple[int, ...], tuple[Box, ...
     return dtype_named(dtype_name.removeprefix("torch.")), shape, boxes
 
 
+def counted(value: Any) -> int:
+    """A number of bytes; ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{brief(value)} where a number of bytes belongs")
+    return value
+
+
 def inside(directory: Path, relative: str) -> str:
     """The file's name, if it lies in the directory; CheckpointError else."""
-    if Path(relative).is_absolute() or ".." in Path(relative).parts:
-        raise CheckpointError(f"{directory}: names the file {relative}, outside of itself")
+    parts = Path(relative).parts
+    if Path(relative).is_absolute() or ".." in parts or "\0" in relative or not parts:
+        raise CheckpointError(f"{directory}: names the file {brief(relative)}, outside of itself")
+    if max(map(len, parts)) > _LONGEST_NAME:
+        raise CheckpointError(f"{directory}: names the file {brief(relative)}, which is too long")
     return relative
 
 
