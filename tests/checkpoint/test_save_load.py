@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from bigtrain.checkpoint.blocks import BLOCK_BYTES
 from bigtrain.checkpoint.formats.committed import read_committed
 from bigtrain.checkpoint.formats.dcp import read_dcp
 from bigtrain.checkpoint.index import merge
@@ -71,6 +73,56 @@ def test_any_layout_and_size_is_read_by_any_other(
         assert scaler == {"scale": 1024.0}
         assert rng_rank == (rank if rank < written_by[0] else None)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def large_state() -> tuple[torch.nn.Module, torch.optim.AdamW]:
+    """72 MB with the optimizer's state."""
+    model = torch.nn.Linear(2000, 3000, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    return model, optimizer
+
+
+def save_large(world: RankInfo, target: Path, is_sharded: bool) -> None:
+    engine = StandIn(*large_state(), world=world, is_sharded=is_sharded)
+    save(target, engine)
+
+
+def load_large(world: RankInfo, target: Path) -> tuple[int, int]:
+    """Bytes that a rank reads, and that its memory grows by at most."""
+    engine = StandIn(*large_state(), world=world, is_sharded=True)
+    read = 0
+    real = os.preadv
+
+    def preadv(fd: int, buffers: Any, offset: int) -> int:
+        nonlocal read
+        count = real(fd, buffers, offset)
+        read += count
+        return count
+
+    os.preadv = preadv
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    before = memory_kb("VmRSS")
+    with open_checkpoint(target) as checkpoint:
+        engine.load_local_state(checkpoint.source, optimizer=True)
+    return read, (memory_kb("VmHWM") - before) * 1024
+
+
+def memory_kb(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+@pytest.mark.parametrize(("written_by", "is_sharded"), [(1, False), (2, True)])
+def test_a_rank_reads_its_own_bytes_and_takes_little_memory_for_it(
+    tmp_path: Path, written_by: int, is_sharded: bool
+) -> None:
+    run_ranks(written_by, save_large, tmp_path / "c", is_sharded)
+    share, edges = 72_000_000 // 4, 3 * 2 * BLOCK_BYTES  # of each of three tensors
+    for read, grown in run_ranks(4, load_large, tmp_path / "c"):
+        assert share <= read <= share + edges
+        assert grown <= 3 * BLOCK_BYTES
 
 
 def test_torch_reads_a_sharded_checkpoint(tmp_path: Path) -> None:

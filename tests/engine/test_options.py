@@ -68,5 +68,5 @@ def test_nvme_is_refused_where_its_state_could_not_be_saved() -> None:
         build_engine(_config("zero3", options, 1, "cuda"), world=RankInfo(), device=CPU)
 
     assert str(raised.value) == (
-        "engine zero3: state that DeepSpeed keeps on NVMe can't be saved here; offload to cpu"
+        "engine zero3: what DeepSpeed keeps on NVMe can't be saved here; offload all of it to cpu"
     )
