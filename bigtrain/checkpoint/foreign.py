@@ -22,7 +22,7 @@ from typing import Any
 from bigtrain.checkpoint.find import require_checkpoint
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
-from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
+from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed, latest_step
 from bigtrain.checkpoint.formats.torch_state_dict import state_dict_files
 from bigtrain.checkpoint.formats.transformers_dir import Names, read_optimizer, weight_files
 from bigtrain.checkpoint.formats.whole_weights import read_whole_weights
@@ -208,21 +208,13 @@ def _zero_directory(path: Path) -> Path | None:
     if is_deepspeed(path):
         return path
     for base in (path, path / "pytorch_model"):
-        named = _latest(base)
+        named = latest_step(base)
         for candidate in (base, *([base / named] if named else [])):
             if candidate.is_dir() and is_deepspeed(candidate):
                 return candidate
     # transformers writes `latest` beside its step's directory, but a copy of one step may lack it.
     steps = [child for child in _directories(path) if re.fullmatch(r"global_step\d+", child.name)]
     return steps[0] if len(steps) == 1 and is_deepspeed(steps[0]) else None
-
-
-def _latest(path: Path) -> str | None:
-    try:
-        name = (path / "latest").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return name if name and Path(name).name == name else None
 
 
 def _directories(path: Path) -> list[Path]:

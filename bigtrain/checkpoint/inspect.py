@@ -29,6 +29,7 @@ from bigtrain.checkpoint.manifest import (
 )
 from bigtrain.checkpoint.node_view import own_ranks, seen_from
 from bigtrain.checkpoint.source import open_source
+from bigtrain.checkpoint.staging import readable_size
 from bigtrain.checkpoint.verify import find_faults
 from bigtrain.checkpoint.witness import Record, RecordSource, no_records, record_holds
 
@@ -315,9 +316,4 @@ def _plain(value: Any) -> Any:
 
 
 def _size(count: int) -> str:
-    size, unit = float(count), "bytes"
-    for larger in ("KB", "MB", "GB", "TB"):
-        if size < 1000:
-            break
-        size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.2f} {unit}"
+    return readable_size(count, digits=2)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp, split_key
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
-from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed
+from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed, latest_step
 from bigtrain.checkpoint.formats.torch_state_dict import state_dict_files
 from bigtrain.checkpoint.formats.transformers_dir import weight_files
 from bigtrain.checkpoint.formats.whole_weights import read_whole_weights
@@ -152,7 +152,7 @@ def _candidates(path: Path) -> Iterator[_Candidate]:
         yield here
         return
     below = sorted(_directories(path))
-    named = _latest(path)
+    named = latest_step(path)
     found = [
         candidate
         for child in below
@@ -198,7 +198,7 @@ def _reader(path: Path) -> Callable[[Path, bool], Source] | None:
         return _read_dcp
     if any(is_dcp(path / name) for name in _FSDP):
         return _read_fsdp
-    if _latest(path) and is_deepspeed(path / (_latest(path) or "")):
+    if latest_step(path) and is_deepspeed(path / (latest_step(path) or "")):
         return None  # weights beside it are a copy in lower precision
     if _safetensors(path) or _state_dicts(path):
         return _read_plain
@@ -304,17 +304,6 @@ def _dcp_sets(keys: Sequence[str], index: TensorIndex) -> dict[str, dict[str, Te
         chosen, inner = (MODEL, key) if bare else (root, rest)
         sets.setdefault(chosen, {})[inner] = index.entry(name, kind)
     return sets
-
-
-def _latest(path: Path) -> str | None:
-    """What DeepSpeed's `latest` names."""
-    file = path / "latest"
-    try:
-        name = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    is_plain = Path(name).name == name and "\0" not in name
-    return name if name and is_plain else None
 
 
 def _step_of(path: Path) -> int | None:

@@ -270,11 +270,11 @@ def _subdirectories(output_dir: Path) -> list[Path]:
         return []
 
 
-def readable_size(count: int) -> str:
+def readable_size(count: int, *, digits: int = 1) -> str:
     """`1.3 GB`."""
     size, unit = float(count), "bytes"
     for larger in ("KB", "MB", "GB", "TB"):
         if size < 1000:
             break
         size, unit = size / 1000, larger
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.{digits}f} {unit}"

@@ -50,6 +50,16 @@ def is_deepspeed(directory: Path) -> bool:
     )
 
 
+def latest_step(directory: Path) -> str | None:
+    """The step's directory that `latest` names; None where there is no such file, or it leads
+    elsewhere."""
+    try:
+        name = (directory / "latest").read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if name not in ("", "..") and Path(name).name == name else None
+
+
 def read_saved(directory: Path) -> Saved:
     """Read all files that matter; CheckpointError says what is missing or can't be used."""
     names = _names(directory)
