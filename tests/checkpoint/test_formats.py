@@ -20,9 +20,10 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from bigtrain.checkpoint.blocks import FilePool
 from bigtrain.checkpoint.dtypes import DTYPES
+from bigtrain.checkpoint.foreign import read_foreign
 from bigtrain.checkpoint.formats.dcp import read_dcp
 from bigtrain.checkpoint.formats.safetensors import header_bytes, read_safetensors
-from bigtrain.checkpoint.formats.transformers_dir import read_transformers
+from bigtrain.checkpoint.formats.transformers_dir import read_optimizer
 from bigtrain.checkpoint.index import TensorIndex
 from bigtrain.checkpoint.load import IndexedSource
 from bigtrain.checkpoint.records import read_dcp_items
@@ -128,7 +129,7 @@ def test_a_transformers_directory_with_shards_and_a_named_optimizer_is_read(tmp_
     for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         group["param_names"] = [names[p] for p in live["params"]]
     torch.save(saved, tmp_path / "optimizer.pt")
-    index = read_transformers(tmp_path)
+    index = read_foreign(tmp_path).index
     index.check_tiling()
     for parameter, name in names.items():
         assert torch.equal(read(index, name), parameter)
@@ -139,13 +140,13 @@ def test_a_transformers_directory_with_shards_and_a_named_optimizer_is_read(tmp_
 
     index_file.write_text(json.dumps({"weight_map": {"a": "../outside"}}))
     with pytest.raises(CheckpointError, match=r"outside of its directory: \['\.\./outside'\]"):
-        read_transformers(tmp_path)
+        read_foreign(tmp_path)
 
 
 def test_an_optimizer_that_numbers_its_parameters_is_refused(tmp_path: Path) -> None:
     torch.save(make_state()[1].state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(CheckpointError, match="numbers its parameters and does not name them"):
-        read_transformers(tmp_path)
+        read_optimizer(tmp_path / "optimizer.pt")
 
 
 class Layers(nn.Module):

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bigtrain.checkpoint.boxes import Box, box_extents
-from bigtrain.checkpoint.formats.safetensors import read_safetensors
-from bigtrain.checkpoint.index import Extents, TensorEntry, TensorIndex, merge
+from bigtrain.checkpoint.index import Extents, TensorEntry, TensorIndex
 from bigtrain.checkpoint.inert import brief
 from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
@@ -25,14 +24,6 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 OPTIMIZER = "optimizer.pt"
 
 Names: TypeAlias = Sequence[Sequence[str]]
-
-
-def read_transformers(directory: Path) -> TensorIndex:
-    """The weights of a model's directory, and its optimizer's state where that is there."""
-    indexes = [read_safetensors(weight_files(directory))]
-    if (directory / OPTIMIZER).is_file():
-        indexes.append(read_optimizer(directory / OPTIMIZER))
-    return merge(indexes)
 
 
 def weight_files(directory: Path) -> list[Path]:
