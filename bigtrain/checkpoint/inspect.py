@@ -151,7 +151,7 @@ def describe(found: Inspection, *, all_tensors: bool = False) -> Iterator[str]:
     """Lines for people."""
     state = "" if found.is_committed else "  (not committed: still being written, or given up)"
     yield f"{found.path}{state}"
-    ranks = f" on {found.world_size} ranks" if found.world_size else ""
+    ranks = f" on {_count(found.world_size, 'rank')}" if found.world_size else ""
     yield f"  written by   {found.engine}{ranks}"
     progress = found.progress
     samples = f", {progress.samples_seen:,} samples seen" if progress.samples_seen else ""
@@ -165,7 +165,7 @@ def describe(found: Inspection, *, all_tensors: bool = False) -> Iterator[str]:
     if found.versions:
         yield "  versions     " + ", ".join(f"{name} {v}" for name, v in found.versions.items())
     if found.ranks_missing:
-        yield f"  missing      the shares of {len(found.ranks_missing)} ranks"
+        yield f"  missing      the shares of {_count(len(found.ranks_missing), 'rank')}"
     for kind, nbytes in found.sizes().items():
         entries = [entry for entry in found.index.entries.values() if entry.kind == kind]
         numel = sum(entry.numel for entry in entries)
@@ -301,8 +301,7 @@ def _tensors_in(
 def _tensor_lines(index: TensorIndex) -> Iterator[str]:
     for entry in index.entries.values():
         shape = "×".join(map(str, entry.shape)) or "scalar"
-        pieces = len(entry.extents)
-        where = f"{pieces} pieces" if pieces != 1 else "1 piece"
+        where = _count(len(entry.extents), "piece")
         size = _size(entry.nbytes)
         yield f"{entry.name}  {entry.kind}  {entry.dtype.name}  {shape}  {size}  {where}"
 
@@ -313,6 +312,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _size(count: int) -> str:

@@ -174,7 +174,7 @@ def test_a_checkpoint_that_is_still_written_is_shown_as_far_as_it_is(sharded: Pa
 
     assert code == 0
     assert "not committed" in text
-    assert "the shares of 1 ranks" in text
+    assert "the shares of 1 rank" in text
     assert inspect_checkpoint(staging).ranks_missing == (0,)
 
     code, text = inspect(staging, "--verify")
