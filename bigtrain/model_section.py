@@ -105,7 +105,7 @@ def add_adapters(model: Any, lora: Mapping[str, Any]) -> Any:
     try:
         return get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(f"model.lora: {_gist(error)}") from error
+        raise ConfigError(f"model.lora: {gist(error)}") from error
 
 
 def load_tokenizer(
@@ -207,7 +207,7 @@ def _new_config(section: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) 
         config: PretrainedConfig = kind(**given)
         return config
     except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ConfigError(f"model.config: {_gist(error)}") from error
+        raise ConfigError(f"model.config: {gist(error)}") from error
 
 
 def _check_fit(
@@ -245,12 +245,12 @@ def _dtype(section: Mapping[str, Any], config: PretrainedConfig) -> torch.dtype:
 
 def _unreachable(key: str, place: str, error: Exception) -> str:
     return (
-        f"{key}: {place} can't be loaded: {_gist(error)} "
+        f"{key}: {place} can't be loaded: {gist(error)} "
         "(give a local directory, or make the hub reachable; HF_HUB_OFFLINE=1 uses what is cached)"
     )
 
 
-def _gist(error: Exception) -> str:
+def gist(error: Exception) -> str:
     """The part of a library's error that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:

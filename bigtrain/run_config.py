@@ -29,6 +29,7 @@ from bigtrain.sections import (
     ModelSection,
     Section,
     TokenizerSection,
+    read_name,
 )
 from bigtrain.slurm.settings import read_settings
 
@@ -231,7 +232,10 @@ def _top_level(layers: Layers) -> dict[str, Any]:
         elif kind is int and value < 1:
             layers.fault((key,), f"{value} is too small; it must be at least 1")
         else:
-            found[key] = value
+            try:
+                found[key] = read_name(value)
+            except ValueError as error:
+                layers.fault((key,), str(error))
     return found
 
 

@@ -5,11 +5,10 @@ Only looks that cost nothing: a directory's entries, the first lines of a file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from bigtrain.arguments.model_fields import too_long
+from bigtrain.arguments.model_fields import read_config, stored_faults, too_long
 from bigtrain.arguments.values import did_you_mean
 from bigtrain.data.files import columns, format_of, matching
 from bigtrain.data.sources import BUILTINS
@@ -33,8 +32,7 @@ def faults(
     if model is not None and model.name is not None:
         needed = ("config.json",) if tokenizer else ("config.json", "tokenizer_config.json")
         yield from directory_faults("model.name", model.name, needed, root)
-        if data is not None and (why := _too_long(model.name, data.sequence_length, root)):
-            yield "data.sequence_length", why
+        yield from _config_faults(model, data, root / Path(model.name).expanduser())
     if tokenizer is not None and tokenizer.name is not None:
         needed = ("tokenizer_config.json",)
         yield from directory_faults("tokenizer.name", tokenizer.name, needed, root)
@@ -57,13 +55,17 @@ def directory_faults(
         yield key, f"{name} has no {' and no '.join(lacking)}; it holds {names}"
 
 
-def _too_long(name: str, sequence_length: int, root: Path) -> str:
-    try:
-        path = root / Path(name).expanduser() / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return ""  # which is told already, or by whoever loads it
-    return too_long(config, sequence_length) if isinstance(config, dict) else ""
+def _config_faults(
+    model: ModelSection, data: DataSection | None, folder: Path
+) -> Iterator[tuple[str, str]]:
+    """Of a model that lies here; that its config is missing is told already."""
+    if not (folder / "config.json").is_file():
+        return
+    config = read_config(folder)
+    found = list(stored_faults(config, runs_code=model.trust_remote_code))
+    yield from (("model.name", f"{model.name}: {why}") for why in found)
+    if data is not None and not found and (why := too_long(config, data.sequence_length)):
+        yield "data.sequence_length", why
 
 
 def _nearest(path: Path) -> str:

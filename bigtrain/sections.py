@@ -26,6 +26,19 @@ def _read_truth(value: Any) -> Any:
     return words.get(value.lower(), value) if isinstance(value, str) else value
 
 
+def read_name(value: Any) -> Any:
+    """Of a file, a directory or a repository: no filesystem has longer ones."""
+    parts = value.split("/") if isinstance(value, str) else ()
+    if any(len(part.encode()) > _LONGEST_PART for part in parts) or len(parts) > _MOST_PARTS:
+        raise ValueError(f"{value:.60}… is too long to be the name of anything")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError(f"{value!r:.60} holds a NUL character, which no name can have")
+    return value
+
+
+_LONGEST_PART, _MOST_PARTS = 255, 500
+Name = Annotated[str, BeforeValidator(read_name)]
+Names = Annotated[list[Name], BeforeValidator(_as_list)]
 Texts = Annotated[list[str], BeforeValidator(_as_list)]
 Split = Annotated[Any, BeforeValidator(_read_split)]
 Truth = Annotated[bool, BeforeValidator(_read_truth)]
@@ -54,7 +67,7 @@ class LoraSection(Section):
 class ModelSection(Section):
     """Weights to start from (`name`), or an architecture to start from scratch (`config`)."""
 
-    name: str | None = None
+    name: Name | None = None
     revision: str | None = None
     trust_remote_code: Truth = False
     config: dict[str, Any] | None = None
@@ -78,7 +91,7 @@ class ModelSection(Section):
 class TokenizerSection(Section):
     """A hub id or path (`name`), or one that needs no file (`kind: bytes`)."""
 
-    name: str | None = None
+    name: Name | None = None
     kind: Literal["bytes"] | None = None
 
     @model_validator(mode="after")
@@ -93,14 +106,14 @@ class DataSection(Section):
 
     name: str | None = None
     config_name: str | None = None
-    train_files: Texts | None = None
-    eval_files: Texts | None = None
+    train_files: Names | None = None
+    eval_files: Names | None = None
     format: Literal["text", "json", "parquet", "csv"] | None = None
     text_field: str = "text"
     eval_split: Split = None
     sequence_length: Annotated[int, Field(ge=2)] = 1024
     packing: Truth = True
-    cache_dir: str | None = None
+    cache_dir: Name | None = None
     max_samples: Count | None = None
 
     @model_validator(mode="after")
@@ -133,7 +146,7 @@ class EngineSection(Section):
     reduce_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     offload_optimizer: Literal["cpu", "nvme"] | None = None
     offload_parameters: Literal["cpu", "nvme"] | None = None
-    nvme_path: str | None = None
+    nvme_path: Name | None = None
     secondary_shard: Count | None = None
     quantized_weights: Truth | None = None
     quantized_gradients: Truth | None = None

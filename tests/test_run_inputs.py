@@ -117,7 +117,7 @@ def test_a_model_s_directory_has_to_hold_its_tokenizer_unless_another_is_named(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
     text = "model: ./model\ndata: builtin:python-docs\n"
 
@@ -127,6 +127,71 @@ def test_a_model_s_directory_has_to_hold_its_tokenizer_unless_another_is_named(
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"\./model has no tokenizer_config\.json; it holds conf"):
         make_plan(Request(target="run.yaml"), surroundings)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "config.json is no JSON object with a model_type"),
+        ("[" * 100_000, "config.json is no JSON object with a model_type"),
+        ("{}", "config.json is no JSON object with a model_type"),
+        (
+            '{"model_type": "lama"}',
+            "config.json: model_type: 'lama' is unknown; did you mean 'llama'?",
+        ),
+        (
+            '{"model_type": "mine", "auto_map": {}}',
+            "config.json: model_type: 'mine' is unknown; model.trust_remote_code: true runs the "
+            "code that comes with it",
+        ),
+        (
+            '{"model_type": "llama", "hidden_size": "wide", "of_its_own": 1}',
+            "config.json: hidden_size: 'wide' is not a whole number",
+        ),
+    ],
+)
+def test_a_config_that_could_not_be_loaded_is_told(
+    tmp_path: Path, config: str, message: str
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(config)
+    (tmp_path / "run.yaml").write_text(
+        "model: ./model\ntokenizer: {kind: bytes}\ndata: builtin:python-docs\nengine: single\n"
+    )
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+
+    with pytest.raises(ConfigError) as raised:
+        make_plan(Request(target="run.yaml"), surroundings)
+
+    assert str(raised.value) == f"run.yaml:1: model.name: ./model: {message}"
+
+
+def test_a_config_with_a_class_of_its_own_is_taken_where_its_code_may_run(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration.Mine"}}'
+    (tmp_path / "model" / "config.json").write_text(config)
+    (tmp_path / "run.yaml").write_text(
+        "model: {name: ./model, trust_remote_code: true}\n"
+        "tokenizer: {kind: bytes}\ndata: builtin:python-docs\nengine: single\n"
+    )
+
+    make_plan(
+        Request(target="run.yaml"),
+        Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ('"a\\0b"', "'a\\x00b' holds a NUL character, which no name can have"),
+        ("a" * 300, f"{'a' * 60}… is too long to be the name of anything"),
+    ],
+)
+def test_a_name_that_nothing_can_have_is_told(tmp_path: Path, name: str, why: str) -> None:
+    assert _faults(tmp_path, f"train_files: [{name}]") == (
+        f"run.yaml:4: data.train_files.0: {why}",
+    )
 
 
 def test_a_name_of_built_in_text_has_to_be_one(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """The fields of a model's config class, read from the installed transformers without importing it.
 
-So a misspelt key of `model.config` or widths that don't divide are named before anything starts.
+So a misspelt key of `model.config` or widths that don't divide are named before anything starts,
+and so is a model's directory whose config.json transformers could not load.
 """
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,6 +76,32 @@ def config_faults(
             yield _said_as(_POSITIONS, config, kind), why
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config of the model in a directory; empty where there is none that can be read."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def stored_faults(config: Mapping[str, Any], *, runs_code: bool) -> Iterator[str]:
+    """What is wrong with a stored config, with which transformers could not load it. Keys that it
+    has beyond its class are no fault; `runs_code`: it may bring its own class."""
+    model_type = config.get("model_type")
+    known = _class_names()
+    if runs_code and "auto_map" in config:
+        return
+    if not isinstance(model_type, str):
+        yield "config.json is no JSON object with a model_type"
+    elif known and model_type not in known:
+        code = "; model.trust_remote_code: true runs the code that comes with it"
+        hint = code if "auto_map" in config else did_you_mean(model_type, known)
+        yield f"config.json: model_type: {model_type!r:.80} is unknown{hint}"
+    elif kind := config_class(model_type):
+        yield from (f"config.json: {key}: {why}" for key, why in _mistyped(config, kind))
+
+
 def too_long(config: Mapping[str, Any], sequence_length: int) -> str:
     """What is wrong where sequences are longer than the model has positions; else empty."""
     text = config.get("text_config")
@@ -116,7 +144,7 @@ def _mistyped(config: Mapping[str, Any], kind: ConfigClass) -> Iterator[tuple[st
             continue
         if not any(_is(value, word) for word in words):
             wanted = " or ".join(_KIND_WORDS[word] for word in words if word in _KIND_WORDS)
-            yield key, f"{value!r} is not {wanted}"
+            yield key, f"{value!r:.200} is not {wanted}"
 
 
 def _is(value: Any, word: str) -> bool:

@@ -2,7 +2,8 @@
 
 `{"kind": "shapes", "config" | "name", …}`: every parameter's name, shape and dtype, from the model
 on the meta device. `{"kind": "trace", …}`: the activations of one micro-batch, from the real model
-on fake tensors: no memory is taken, whatever the model's size.
+on fake tensors: no memory is taken, whatever the model's size. Where the model can't be made, the
+last line on stderr says why.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers.integrations import moe
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigtrain.memory.live_bytes import LiveBytes
+from bigtrain.model_section import add_adapters, gist
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +34,11 @@ def main() -> None:
         "shapes": _shapes,
         "trace": _trace,
     }
-    sys.stdout.write("\n" + json.dumps(answers[question["kind"]](question)) + "\n")
+    try:
+        answer = answers[question["kind"]](question)
+    except Exception as error:  # whatever a model's own code raises
+        sys.exit(f"{type(error).__name__}: {gist(error)}")
+    sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
 def _shapes(question: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,11 +107,7 @@ def _trace(question: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _adapted(model: Any, lora: Mapping[str, Any] | None) -> Any:
-    if not lora:
-        return model
-    from bigtrain.model_section import add_adapters
-
-    return add_adapters(model, lora)
+    return add_adapters(model, lora) if lora else model
 
 
 def _make_fake(model: nn.Module) -> None:

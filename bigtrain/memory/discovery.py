@@ -13,12 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bigtrain.arguments.model_fields import read_config
+from bigtrain.checkpoint.json_object import counts
 from bigtrain.errors import ConfigError
 from bigtrain.memory.adapters import with_adapters
 from bigtrain.memory.families import architecture, from_formula
 from bigtrain.memory.known_models import KNOWN_MODELS
 from bigtrain.memory.questions import Asker
-from bigtrain.memory.shapes import ModelShapes, Parameter
+from bigtrain.memory.shapes import BYTES, ModelShapes, Parameter
 from bigtrain.memory.weight_files import from_weight_files
 
 _BYTE_TOKENS = 257
@@ -56,7 +58,7 @@ def find_model(
         name, dtype = str(section["name"]), _word(section.get("dtype"))
         folder = local_folder(name, section.get("revision"), working_dir, environment)
         if folder is not None:
-            config = _read_config(folder)
+            config = read_config(folder)
             question = {"name": str(folder), "dtype": dtype}
             shapes = _stored(folder, config, dtype)
         elif name in KNOWN_MODELS:
@@ -121,19 +123,23 @@ def _stored(folder: Path, config: Mapping[str, Any], dtype: str | None) -> Model
 
 
 def _asked(asker: Asker, question: Mapping[str, Any], config: Mapping[str, Any]) -> ModelShapes:
-    answer = asker.ask({"kind": "shapes", **question})
-    return ModelShapes(
-        parameters=tuple(
-            Parameter(
-                name=entry["name"],
-                shape=tuple(entry["shape"]),
-                dtype=entry["dtype"],
-                trained=entry["trained"],
-            )
-            for entry in answer["parameters"]
-        ),
-        source="the model on the meta device",
-        architecture=architecture({**answer["config"], **config}),
+    def read(answer: Any) -> ModelShapes:
+        return ModelShapes(
+            parameters=tuple(map(read_parameter, answer["parameters"])),
+            source="the model on the meta device",
+            architecture=architecture({**answer["config"], **config}),
+        )
+
+    return asker.ask({"kind": "shapes", **question}, read=read)
+
+
+def read_parameter(entry: Mapping[str, Any]) -> Parameter:
+    """A parameter as `answers` tells it; ValueError, TypeError or LookupError for what is none."""
+    name, dtype = str(entry["name"]), str(entry["dtype"])
+    if dtype not in BYTES:
+        raise ValueError(f"{dtype} is no type of elements")
+    return Parameter(
+        name=name, shape=counts(entry["shape"]), dtype=dtype, trained=bool(entry["trained"])
     )
 
 
@@ -162,18 +168,12 @@ def _tokenizer_size(
         content = json.loads((folder / "tokenizer.json").read_text("utf-8")) if folder else {}
         vocabulary, added = content["model"]["vocab"], content.get("added_tokens", ())
         return len({*vocabulary, *(token["content"] for token in added)})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
         return None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
 def _word(dtype: Any) -> str | None:
-    words = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "auto": None}
-    return words.get(str(dtype), str(dtype)) if dtype else None
+    """As `BYTES` knows it; None for what names no type of elements, as `auto`."""
+    words = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    word = words.get(str(dtype), str(dtype))
+    return word if word in BYTES else None

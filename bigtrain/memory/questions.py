@@ -12,12 +12,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bigtrain.errors import ConfigError
+
+_T = TypeVar("_T")
 
 _WORKER = "bigtrain.memory.answers"
 _TIMEOUT_S = 600
@@ -31,21 +33,22 @@ class Asker:
     cache: Path
     environment: Mapping[str, str]
 
-    def ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+    def ask(self, question: Mapping[str, Any], *, read: Callable[[Any], _T]) -> _T:
         """The answer, from the cache or from a process. ConfigError where the model can't be made.
 
-        `question` is plain JSON; `kind` says what is asked (`answers.py` lists the kinds).
+        `question` is plain JSON; `kind` says what is asked (`answers.py` lists the kinds). `read`
+        makes of the answer what is needed; what was kept and can't be read is asked for again.
         """
         text = json.dumps(question, sort_keys=True)
         path = self.cache / f"{_fingerprint(text)}.json"
         try:
-            answer: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return read(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):
             answer = self._run(text)
-            _keep(path, answer)
-        return answer
+        _keep(path, answer)
+        return read(answer)
 
-    def _run(self, text: str) -> dict[str, Any]:
+    def _run(self, text: str) -> Any:
         paths = [str(_PACKAGE_ROOT), self.environment.get("PYTHONPATH", "")]
         environment = {
             **self.environment,
@@ -64,8 +67,7 @@ class Asker:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ConfigError(f"model: it can't be built to measure its memory: {reason}")
-        answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return answer
+        return json.loads(done.stdout.splitlines()[-1])
 
 
 def _fingerprint(text: str) -> str:
@@ -82,7 +84,7 @@ def _version(package: str) -> str:
         return ""
 
 
-def _keep(path: Path, answer: Mapping[str, Any]) -> None:
+def _keep(path: Path, answer: Any) -> None:
     """Best effort: where nothing can be written, the question is asked again next time."""
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -35,13 +35,21 @@ def _weights_dtype(request: Request) -> str:
     )
 
 
+def _read(answer: Mapping[str, Any]) -> TracedActivations:
+    return TracedActivations(
+        head=int(answer["head"]),
+        layers=tuple(map(int, answer["layers"])),
+        fixed=int(answer["fixed"]),
+    )
+
+
 def traced_estimate(request: Request, model: Mapping[str, Any], *, asker: Asker) -> MemoryPlan:
     """As `estimate`, with the activations of the real model. It takes seconds.
 
     `model` says what to build: `config`, or `name` and `revision`; `attn_implementation`, `lora`.
     """
     batch = request.batch()
-    answer = asker.ask(
+    activations = asker.ask(
         {
             "kind": "trace",
             **model,
@@ -51,9 +59,7 @@ def traced_estimate(request: Request, model: Mapping[str, Any], *, asker: Asker)
             "recompute": request.recompute,
             "sequences": batch.sequences,
             "sequence_length": batch.sequence_length,
-        }
-    )
-    activations = TracedActivations(
-        head=answer["head"], layers=tuple(answer["layers"]), fixed=answer["fixed"]
+        },
+        read=_read,
     )
     return plan_with(request, activations, method="trace")

@@ -6,13 +6,13 @@ are put together here as it does (its `conversion_mapping.py`), so that shapes a
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint.formats.safetensors import read_safetensors
+from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.errors import CheckpointError, ConfigError
 from bigtrain.memory.families import architecture
 from bigtrain.memory.shapes import ModelShapes, Parameter
@@ -32,13 +32,13 @@ def from_weight_files(
 
     `dtype` is what they are loaded as; None: as they are stored.
     """
-    files = _files(folder)
+    try:
+        files = _files(folder)
+        index = read_safetensors(files)
+    except (CheckpointError, OSError) as error:
+        raise ConfigError(f"model.name: {error}") from error
     if not files:
         return None
-    try:
-        index = read_safetensors(files)
-    except CheckpointError as error:
-        raise ConfigError(f"model.name: {error}") from error
     stored = {
         name: (entry.shape, dtype or entry.dtype.name) for (name, _), entry in index.entries.items()
     }
@@ -56,11 +56,8 @@ def from_weight_files(
 def _files(folder: Path) -> list[Path]:
     if (folder / _ONE).is_file():
         return [folder / _ONE]
-    try:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError, AttributeError):
-        return []
+    index = folder / _INDEX
+    return list(indexed_files(index)) if index.is_file() else []
 
 
 def _merged(

@@ -77,7 +77,7 @@ def _find_target(name: str, working_dir: Path) -> Path:
     found = path if path.is_file() else bundled(name)
     if found is None:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = nearest(path.name, names)
+        close = None if path.name in names else nearest(path.name, names)
         hint = f"; did you mean {Path(name).with_name(close)}?" if close else ""
         raise ConfigError(f"{name}: there is no such file{hint}")
     if found.suffix not in (*_RUN_FILES, ".py"):

@@ -137,9 +137,10 @@ def read_bytes(text: str | None, *, label: str) -> int | None:
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
-    if found is None or (found[2] is None and float(found[1]) < _UNITS["MIB"]):
+    size = int(float(found[1]) * _UNITS[(found[2] or "B").upper()]) if found else 0
+    if size < _UNITS["MIB"]:
         raise ConfigError(f"{label} {text}: not a size; write 80GiB, for example")
-    return int(float(found[1]) * _UNITS[(found[2] or "B").upper()])
+    return size
 
 
 def _checkpoints(values: Mapping[str, Any], steps: int | None) -> int | None:

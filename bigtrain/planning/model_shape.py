@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bigtrain.arguments.model_fields import read_config
 from bigtrain.sections import ModelSection
 
 _HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
@@ -25,7 +25,7 @@ def read_shape(section: ModelSection, working_dir: Path) -> ModelShape:
     """The shape of the model that the section names."""
     config = section.config
     if config is None and section.name is not None:
-        config = _read_config(working_dir / Path(section.name).expanduser() / "config.json")
+        config = read_config(working_dir / Path(section.name).expanduser())
     return _shape(config or {})
 
 
@@ -38,12 +38,3 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
         model_type=model_type if isinstance(model_type, str) else None,
         hidden_size=next((size for size in sizes if isinstance(size, int) and size > 0), None),
     )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    """A local model's config; empty where there is none, which whoever loads it will report."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return config if isinstance(config, dict) else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,5 +46,7 @@ def _model_modules(model_type: str | None) -> list[str]:
     if model_type is None or spec is None or spec.origin is None:
         return [generic]
     name = model_type.replace("-", "_")
+    if not re.fullmatch(r"\w{1,100}", name):
+        return [generic]
     file = Path(spec.origin).parent / "models" / name / f"modeling_{name}.py"
     return [generic, f"transformers.models.{name}.modeling_{name}"] if file.is_file() else [generic]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -146,6 +147,9 @@ def mistyped(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     known = _known()
     for section, key, value in _walk(given, ""):
         path = _path(section, key)
+        if isinstance(value, float) and not math.isfinite(value):
+            yield path, f"{path} is {value} there, not a finite number"
+            continue
         kinds = _UNDECLARED.get(path) or known.get(section, {}).get(key)
         if kinds and value not in (None, AUTO) and not any(_is(value, kind) for kind in kinds):
             wanted = " or ".join(_KIND_WORDS[kind] for kind in sorted(kinds))

@@ -49,8 +49,8 @@ def read(given: Any, field: str) -> dict[str, Any]:
     text = given if str(given).lstrip().startswith("{") else _read_text(Path(given), field)
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"training.{field}: {given} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"training.{field}: {given!s:.200} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"training.{field}: {given} holds no JSON object")
     return value
@@ -103,10 +103,11 @@ def faults(
 
 
 def overlay(ours: Json, given: Json) -> dict[str, Any]:
-    """`given` over `ours`; "auto" stays ours, and so does what the loop and the topology decide."""
+    """`given` over `ours`; what is "auto" there, or null, stays ours, and so does what the loop and
+    the topology decide."""
     merged = dict(ours)
     for key, value in given.items():
-        if value == AUTO or _is_ours(key, ours):
+        if value in (None, AUTO) or _is_ours(key, ours):
             continue
         inner = ours.get(key)
         if isinstance(value, Mapping):
@@ -185,7 +186,8 @@ def _schedule_faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
 def _read_text(path: Path, field: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"training.{field}: {path} can't be read ({error.strerror}); give a JSON file"
-        ) from error
+            f"training.{field}: {path!s:.200} can't be read ({why}); give a JSON file"
+        ) from None

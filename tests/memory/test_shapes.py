@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bigtrain.errors import ConfigError
 from bigtrain.memory.adapters import with_adapters
-from bigtrain.memory.discovery import find_model
+from bigtrain.memory.discovery import find_model, read_parameter
 from bigtrain.memory.families import FAMILIES, architecture, from_formula
 from bigtrain.memory.known_models import KNOWN_MODELS
+from bigtrain.memory.questions import Asker
 from bigtrain.memory.shapes import ModelShapes
 from bigtrain.memory.weight_files import from_weight_files
 
@@ -115,6 +118,72 @@ def test_a_family_without_a_formula_is_asked_once(tmp_path: Path) -> None:
     assert found.shapes.architecture.hidden == 32
     # The answer is there now: no process could be started in an environment like this.
     assert _find(section, tmp_path, PYTHONHOME="/nowhere").shapes == found.shapes
+
+
+def test_a_kept_answer_that_is_damaged_is_asked_for_again(tmp_path: Path) -> None:
+    question = {"kind": "shapes"}
+    right = {"parameters": [{"name": "a", "shape": [2, 3], "dtype": "float32", "trained": True}]}
+    asked: list[str] = []
+
+    class Counting(Asker):
+        def _run(self, text: str) -> Any:
+            asked.append(text)
+            return right
+
+    asker = Counting(cache=tmp_path, environment={})
+
+    def read(answer: Any) -> Any:
+        return read_parameter(answer["parameters"][0])
+
+    first = asker.ask(question, read=read)
+    (kept,) = tmp_path.iterdir()
+    wrong = json.loads(kept.read_text())["parameters"][0]
+    for damaged in ("", "[]", "{}", "[" * 100_000, *_spoilt(wrong)):
+        kept.write_text(damaged)
+        assert asker.ask(question, read=read) == first
+    assert asker.ask(question, read=read) == first
+    assert len(asked) == 1 + 4 + 4
+
+
+def _spoilt(parameter: dict[str, Any]) -> Iterator[str]:
+    for more in ({"shape": 3}, {"shape": [2, -3]}, {"shape": [2, 3.5]}, {"dtype": "float33"}):
+        yield json.dumps({"parameters": [parameter | more]})
+
+
+def test_a_model_that_can_not_be_made_is_told_in_the_words_of_what_refused_it(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+
+    found = _find({"name": str(tmp_path)}, tmp_path)
+
+    assert found.shapes is None
+    assert found.why.startswith(
+        "model: it can't be built to measure its memory: ValueError: Unrecognized configuration "
+        "class <class 'transformers.models.t5.configuration_t5.T5Config'> for this kind of "
+        "AutoModel: AutoModelForCausalLM."
+    )
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": {"a": "../a.safetensors"}}']
+)
+def test_a_damaged_index_of_weights_is_named(index: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+
+    with pytest.raises(ConfigError) as raised:
+        from_weight_files(tmp_path, {"model_type": "llama"}, dtype=None)
+
+    assert str(raised.value).startswith(f"model.name: {tmp_path}/model.safetensors.index.json: ")
+
+
+def test_a_type_of_elements_that_is_none_is_passed_over(tmp_path: Path) -> None:
+    config = {"model_type": "llama", **_SMALL, "torch_dtype": "float33"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = _find({"name": str(tmp_path)}, tmp_path)
+
+    assert {parameter.dtype for parameter in found.shapes.parameters} == {"fp32"}
 
 
 def test_a_model_that_is_not_here_is_not_guessed(tmp_path: Path) -> None:

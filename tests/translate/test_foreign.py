@@ -467,6 +467,24 @@ def test_a_number_beyond_what_deepspeed_takes_is_refused() -> None:
     ]
 
 
+def test_numbers_that_are_none_are_refused_and_null_says_nothing() -> None:
+    text = """{"zero_optimization": {"stage": 3, "reduce_bucket_size": Infinity,
+        "sub_group_size": null}, "fp16": {"enabled": null, "loss_scale": NaN}}"""
+
+    with pytest.raises(ConfigError) as raised:
+        asked_engine({"deepspeed": text})
+    assert list(raised.value.faults) == [
+        "training.deepspeed: zero_optimization.reduce_bucket_size is inf there, not a finite "
+        "number",
+        "training.deepspeed: fp16.loss_scale is nan there, not a finite number",
+    ]
+    sound = text.replace("Infinity", "null").replace("NaN", "null")
+    settings = _config({"deepspeed": sound}, "zero3").settings
+    assert (
+        settings == _config({"deepspeed": '{"zero_optimization": {"stage": 3}}'}, "zero3").settings
+    )
+
+
 def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
     from accelerate.utils import DataLoaderConfiguration
 
@@ -490,6 +508,7 @@ def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
             "{ is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
             "(char 1)",
         ),
+        ("a\0b", "a\0b can't be read (embedded null byte); give a JSON file"),
     ],
 )
 def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: str) -> None:
