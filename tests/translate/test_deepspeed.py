@@ -377,3 +377,34 @@ def test_a_misspelt_key_is_noticed() -> None:
     json["data_types"] = {"grad_acum_dtype": "fp32"}
 
     assert _misunderstood(json) == ["data_types.grad_acum_dtype", "gradient_clippping"]
+
+
+def _misspelt(json: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON with one leaf's name changed, for every leaf."""
+    for key, value in json.items():
+        if isinstance(value, Mapping):
+            for path, changed in _misspelt(value):
+                yield f"{key}.{path}", {**json, key: changed}
+        else:
+            others = {other: kept for other, kept in json.items() if other != key}
+            yield f"{key}s", {**others, f"{key}s": value}
+
+
+def test_every_key_is_noticed_when_it_is_misspelt() -> None:
+    """Else the comparison would pass over it. DeepSpeed itself refuses some."""
+    options = EngineOptions(
+        offload_optimizer="nvme", offload_parameters="nvme", nvme_path="/local", secondary_shard=2
+    )
+    changes = dict(_misspelt(_json(options=options, device="cuda")))
+
+    unseen = [path for path, changed in changes.items() if not _is_noticed(changed, path)]
+
+    assert len(changes) > 50
+    assert not unseen
+
+
+def _is_noticed(json: dict[str, Any], path: str) -> bool:
+    try:
+        return path in _misunderstood(json)
+    except (ValueError, AssertionError):
+        return True

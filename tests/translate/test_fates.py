@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +50,82 @@ def test_a_field_that_is_new_in_transformers_is_refused_once_it_is_set() -> None
     assert list(refusals({"warp_drive": True}, schema)) == [
         ("warp_drive", "this version of transformers has it and bigtrain does not know it yet")
     ]
+
+
+@pytest.fixture(scope="module")
+def newer_transformers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A module path with the installed transformers and one more argument in it, as its next
+    release might have."""
+    installed = Path(str(importlib.util.find_spec("transformers").origin)).parent  # type: ignore[union-attr]
+    place: Path = tmp_path_factory.mktemp("newer")
+    (place / "transformers").mkdir()
+    for entry in installed.iterdir():
+        if entry.name not in ("__pycache__", "training_args.py"):
+            (place / "transformers" / entry.name).symlink_to(entry)
+    text = (installed / "training_args.py").read_text()
+    first = "    do_train: bool = field("
+    assert text.count(first) == 1
+    more = '    warp_drive: bool = field(default=False, metadata={"help": "Faster."})\n'
+    (place / "transformers" / "training_args.py").write_text(text.replace(first, more + first))
+    return place
+
+
+def _run(path: Path, folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    root = Path(bigtrain.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{root}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("engine", ["single", "zero2"])
+def test_a_plan_refuses_what_a_newer_transformers_has_unless_it_is_at_its_default(
+    newer_transformers: Path, tmp_path: Path, engine: str
+) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "model: {config: {model_type: llama, hidden_size: 64}}\ntokenizer: {kind: bytes}\n"
+        f"data: builtin:python-docs\nengine: {engine}\ntraining: {{warp_drive: true}}\n"
+    )
+    plan = ("-m", "bigtrain", "plan", "run.yaml", "--all")
+
+    refused = _run(newer_transformers, tmp_path, *plan)
+    at_default = _run(newer_transformers, tmp_path, *plan, "--set", "training.warp_drive=false")
+
+    assert (refused.returncode, refused.stderr) == (
+        2,
+        "error: run.yaml:5: training.warp_drive: not supported: this version of transformers has "
+        "it and bigtrain does not know it yet\n",
+    )
+    assert at_default.returncode == 0, at_default.stderr
+    (row,) = [line for line in at_default.stdout.splitlines() if line.startswith("  warp_drive")]
+    assert row.split(maxsplit=3)[2:] == [
+        "no_effect",
+        "at its default; else refused: bigtrain does not know it yet",
+    ]
+
+
+def test_a_trainer_refuses_what_a_newer_transformers_has(
+    newer_transformers: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, torch, bigtrain\n"
+        "args = bigtrain.TrainingArguments(\n"
+        "    output_dir='out', use_cpu=True, report_to=[], warp_drive=sys.argv[1] == 'on')\n"
+        "bigtrain.Trainer(model=torch.nn.Linear(1, 1), args=args, train_dataset=[{'x': 1}])\n"
+    )
+
+    refused = _run(newer_transformers, tmp_path, "-c", program, "on")
+    at_default = _run(newer_transformers, tmp_path, "-c", program, "off")
+
+    assert refused.stderr.splitlines()[-1].endswith(
+        "training.warp_drive: not supported: this version of transformers has it and bigtrain "
+        "does not know it yet"
+    )
+    assert at_default.returncode == 0, at_default.stderr
 
 
 def test_what_no_engine_supports_is_refused_by_name_with_its_origin() -> None:
