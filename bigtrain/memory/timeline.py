@@ -102,7 +102,7 @@ def _whole(step: Step) -> Iterator[Moment]:
     """`single` and `ddp`: gradients appear whole, one layer after the other, and stay."""
     width, full = step.place.master_bytes, step.state.gradients
     before = full if step.accumulation > 1 else 0
-    yield Moment(name=LOSS, activations=step.activations.head, gradients=before, communication=0)
+    yield _loss(step, gradients=before)
     for done, name, activations in _backward(step):
         grown = min(full, width * step.trained(step.head + done * step.layer))
         yield Moment(
@@ -131,9 +131,7 @@ def _fsdp(step: Step) -> Iterator[Moment]:
     accumulates = step.accumulation > 1 and not settings.reduce_each_micro_batch
     whole = reduce * step.shapes.trained_numel if accumulates else 0
     layer = step.trained(step.layer)
-    yield Moment(
-        name=LOSS, activations=step.activations.head, gradients=whole, communication=gathered
-    )
+    yield _loss(step, gradients=whole, communication=gathered)
     for done, name, activations in _backward(step):
         reduced = (done - 1) / max(1, len(step.layers))
         shards, waiting = int(sharded * reduced), int(whole * (1 - reduced))
@@ -169,7 +167,7 @@ def _bf16_optimizer(step: Step) -> Iterator[Moment]:
     `buffered_allreduce_fallback`)."""
     trained, compute = step.shapes.trained_numel, step.place.compute_bytes
     lasting = 4 * trained
-    yield Moment(name=LOSS, activations=step.activations.head, gradients=lasting, communication=0)
+    yield _loss(step, gradients=lasting)
     for done, name, activations in _backward(step):
         kept = compute * step.trained(step.head + done * step.layer)
         yield Moment(name=name, activations=activations, gradients=lasting + kept, communication=0)
@@ -186,12 +184,7 @@ def _zero1(step: Step, zero: Mapping[str, Any], own: int) -> Iterator[Moment]:
     full = step.place.compute_bytes * step.shapes.trained_numel
     before = full if step.accumulation > 1 else 0
     communication = _buckets(step, zero)
-    yield Moment(
-        name=LOSS,
-        activations=step.activations.head,
-        gradients=before,
-        communication=communication,
-    )
+    yield _loss(step, gradients=before, communication=communication)
     for done, name, activations in _backward(step):
         grown = step.place.compute_bytes * step.trained(step.head + done * step.layer)
         yield Moment(
@@ -213,12 +206,7 @@ def _zero2(step: Step, zero: Mapping[str, Any], own: int) -> Iterator[Moment]:
     stale = compute * step.trained(large) // place.topology.world_size if is_cast and own else 0
     before = own if step.accumulation > 1 else 0
     communication = _buckets(step, zero)
-    yield Moment(
-        name=LOSS,
-        activations=step.activations.head,
-        gradients=before,
-        communication=communication,
-    )
+    yield _loss(step, gradients=before, communication=communication)
     for done, name, activations in _backward(step):
         left = stale * done // len(step.layers)
         yield Moment(
@@ -250,9 +238,7 @@ def _zero3(step: Step, zero: Mapping[str, Any]) -> Iterator[Moment]:
     live = min(step.shapes.numel, zero["stage3_max_live_parameters"] + step.layer)
     gathered = compute * live if place.topology.world_size > 1 else 0
     layer = compute * step.trained(step.layer)
-    yield Moment(
-        name=LOSS, activations=step.activations.head, gradients=gradients, communication=gathered
-    )
+    yield _loss(step, gradients=gradients, communication=gathered)
     for _, name, activations in _backward(step):
         yield Moment(
             name=name,
@@ -279,6 +265,15 @@ def _backward(step: Step) -> Iterator[tuple[int, str, int]]:
     for done in dict.fromkeys((1, count)) if count else ():
         name = f"backward pass of layer {count - done + 1} of {count}"
         yield done, name, step.activations.in_layer(count - done)
+
+
+def _loss(step: Step, *, gradients: int, communication: int = 0) -> Moment:
+    return Moment(
+        name=LOSS,
+        activations=step.activations.head,
+        gradients=gradients,
+        communication=communication,
+    )
 
 
 def _end(step: Step, *, gradients: int, communication: int = 0) -> Moment:

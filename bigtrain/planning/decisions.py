@@ -24,7 +24,7 @@ from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.launching import launching, place, resume
 from bigtrain.planning.model_shape import ModelShape, read_shape
 from bigtrain.planning.output_dir import check_output_dir
-from bigtrain.planning.processes import Processes, choose_processes
+from bigtrain.planning.processes import Processes, processes_of
 from bigtrain.planning.request import Request, Surroundings, foreign_overrides
 from bigtrain.planning.script_plan import plan_script
 from bigtrain.run_config import Reading, RunConfig, read_run_config
@@ -116,7 +116,7 @@ def _planned(
         if config.engine.name == "auto" and foreign.asked_engine(config.training) is None:
             plan = automatic.plan_on_the_fastest(
                 config,
-                _processes(config, surroundings),
+                processes_of(config, config.training, surroundings),
                 plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
                 environment=surroundings.environment,
                 memory_of=surroundings.memory_of or _memory_here(surroundings),
@@ -168,24 +168,8 @@ def compare_engines(
     config = _load(target, request, surroundings)
     return automatic.side_by_side(
         config,
-        _processes(config, surroundings),
+        processes_of(config, config.training, surroundings),
         plan_with=lambda chosen: plan_of(chosen, target, request, surroundings),
-    )
-
-
-def _processes(config: RunConfig, surroundings: Surroundings) -> Processes:
-    return choose_processes(
-        config.engine,
-        config.cluster,
-        environment=surroundings.environment,
-        use_cpu=bool(config.training.get("use_cpu")),
-        asked_by_arguments=foreign.asked_engine(config.training),
-        shards_by_node=foreign.shards_by_node(config.training),
-        world=surroundings.world,
-        is_rehearsal=surroundings.is_rehearsal,
-        assumes_gpus=surroundings.device_memory is not None,
-        gpus_of_nodes=surroundings.gpus_of_nodes,
-        origins=config.origins,
     )
 
 
@@ -193,7 +177,7 @@ def plan_of(
     config: RunConfig, target: Path, request: Request, surroundings: Surroundings
 ) -> RunPlan:
     """The plan of a whole config. Nothing outside of it is asked but the machine."""
-    processes = _processes(config, surroundings)
+    processes = processes_of(config, config.training, surroundings)
     shape = read_shape(config.model, surroundings.working_dir)
     training, translation = _translated(config, processes, shape)
     going_on = resume(request.resume, config.training, surroundings.working_dir)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from bigtrain.cluster import threads
 from bigtrain.errors import ConfigError
 from bigtrain.planning.gpus import count_gpus
+from bigtrain.planning.request import Surroundings
+from bigtrain.run_config import RunConfig, ScriptConfig
 from bigtrain.sections import ClusterSection, EngineSection
 from bigtrain.topology import RankInfo, Topology
-from bigtrain.translate import topology_for
+from bigtrain.translate import foreign, topology_for
 from bigtrain.translate.config import EngineName
 
 Device = Literal["cpu", "cuda"]
@@ -27,47 +29,42 @@ class Processes:
     origins: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose_processes(
-    engine: EngineSection,
-    cluster: ClusterSection,
-    *,
-    environment: Mapping[str, str],
-    use_cpu: bool,
-    asked_by_arguments: EngineName | None,
-    world: RankInfo | None,
-    is_rehearsal: bool,
-    origins: Mapping[str, str],
-    gpus_of_nodes: Callable[[ClusterSection], int] | None = None,
-    assumes_gpus: bool = False,
-    shards_by_node: bool = False,
+def processes_of(
+    config: RunConfig | ScriptConfig, training: Mapping[str, Any], surroundings: Surroundings
 ) -> Processes:
-    """The processes that the sections ask for, or that this machine suggests.
+    """The processes that the sections ask for, or that the machines suggest.
 
-    `gpus_of_nodes` tells what the run's machines have, where this is none of them.
-    `assumes_gpus`: plan for GPUs, though this machine may have none.
-    `shards_by_node`: where no shard is said, each node holds a copy of the model.
-    `world` is the place that another launcher gave this process: then its numbers hold.
-    Raises ConfigError where this machine can't carry them, unless it is a rehearsal.
+    `training`: with what given configs fill. Raises ConfigError where this machine can't carry
+    them, unless it is a rehearsal.
     """
-    if use_cpu:
-        gpus = 0
-    elif gpus_of_nodes is not None:
-        gpus = gpus_of_nodes(cluster)
-    else:
-        gpus = count_gpus({**environment, **cluster.environment()})
-    if gpus_of_nodes is not None and cluster.procs_per_node is None and not gpus:
+    cluster, origins, world = config.cluster, config.origins, surroundings.world
+    use_cpu = bool(training.get("use_cpu"))
+    gpus = 0 if use_cpu else _gpus(cluster, surroundings)
+    is_elsewhere = surroundings.gpus_of_nodes is not None
+    if is_elsewhere and cluster.procs_per_node is None and not gpus:
         raise ConfigError(
             "cluster.procs_per_node: say how many processes each node runs (--procs-per-node 8), "
             "or how many GPUs it is to have (cluster.slurm.gpus_per_node)"
         )
     nodes, procs, said = _numbers(cluster, gpus, world, origins)
-    device: Device = "cuda" if gpus or (assumes_gpus and not use_cpu) else "cpu"
-    if not is_rehearsal and world is None and gpus_of_nodes is None:
+    assumes_gpus = surroundings.device_memory is not None and not use_cpu
+    if not surroundings.is_rehearsal and world is None and not is_elsewhere:
         _check_machine(procs, gpus=gpus, origin=origins.get("cluster.procs_per_node"))
-    name, why = _engine(engine, asked_by_arguments, nodes * procs)
-    shard = engine.shard or (procs if shards_by_node else None)
-    topology = _topology(name, nodes, procs, shard, origins)
-    return Processes(topology=topology, device=device, engine=name, origins={**said, **why})
+    name, why = _engine(config.engine, foreign.asked_engine(training), nodes * procs)
+    by_node = procs if foreign.shards_by_node(training) else None
+    return Processes(
+        topology=_topology(name, nodes, procs, config.engine.shard or by_node, origins),
+        device="cuda" if gpus or assumes_gpus else "cpu",
+        engine=name,
+        origins={**said, **why},
+    )
+
+
+def _gpus(cluster: ClusterSection, surroundings: Surroundings) -> int:
+    """Those of each node."""
+    if surroundings.gpus_of_nodes is not None:
+        return surroundings.gpus_of_nodes(cluster)
+    return count_gpus({**surroundings.environment, **cluster.environment()})
 
 
 def _numbers(

@@ -11,7 +11,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan
 from bigtrain.planning import preloading
 from bigtrain.planning.launching import launching, place, resume
-from bigtrain.planning.processes import Processes, choose_processes
+from bigtrain.planning.processes import Processes, processes_of
 from bigtrain.planning.request import Request, Surroundings, foreign_overrides
 from bigtrain.planning.script_source import ScriptFacts, read_script
 from bigtrain.run_config import ScriptConfig, load_script_config
@@ -26,19 +26,7 @@ def plan_script(target: Path, request: Request, surroundings: Surroundings) -> R
     training = {**config.training, **filled}
     facts = read_script(target)
     _refuse_arguments(target, request, facts, training)
-    processes = choose_processes(
-        config.engine,
-        config.cluster,
-        environment=surroundings.environment,
-        use_cpu=bool(training.get("use_cpu")),
-        asked_by_arguments=foreign.asked_engine(training),
-        shards_by_node=foreign.shards_by_node(training),
-        world=surroundings.world,
-        is_rehearsal=surroundings.is_rehearsal,
-        assumes_gpus=surroundings.device_memory is not None,
-        gpus_of_nodes=surroundings.gpus_of_nodes,
-        origins=config.origins,
-    )
+    processes = processes_of(config, training, surroundings)
     translation = translate(
         training,
         engine=processes.engine,
