@@ -81,6 +81,15 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 1024,
     },
+    "llama-199M": {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 14,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "vocab_size": 16384,
+    },
     "mixtral-70M": {
         "model_type": "mixtral",
         "hidden_size": 384,
@@ -180,6 +189,8 @@ CASES: tuple[Case, ...] = tuple(
         ("qwen2-61M", "ddp", 2, "bf16", 2, 512, False, 1, "LoRA"),
         ("llama-48M", "fsdp", 2, "bf16", 2, 1024, False, 1, "LoRA"),
         ("deep-52M", "zero3", 2, "bf16", 2, 512, False, 1, "LoRA"),
+        ("llama-199M", "single", 1, "bf16", 1, 512, False, 1, "LoRA"),
+        ("llama-199M", "fsdp", 2, "bf16", 1, 512, True, 1, "LoRA"),
     )
 )
 LORA = {

@@ -1,4 +1,5 @@
-"""Configs of the hub models that the ready run files name: they can be planned undownloaded.
+"""Configs of the hub models that the ready run files and the README name: they can be planned
+undownloaded.
 
 As published in each repository's `config.json`; only what shapes follow from.
 """
@@ -33,6 +34,17 @@ KNOWN_MODELS: Mapping[str, Mapping[str, Any]] = {
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
+    },
+    "Qwen/Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "vocab_size": 151_936,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "tie_word_embeddings": True,
     },
     "mistralai/Mixtral-8x7B-v0.1": {
         "model_type": "mixtral",

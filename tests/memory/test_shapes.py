@@ -73,6 +73,7 @@ def test_what_a_config_leaves_open_has_the_class_s_default(family: str) -> None:
         ("meta-llama/Meta-Llama-3-8B", 8_030_261_248),
         ("meta-llama/Meta-Llama-3-70B", 70_553_706_496),
         ("Qwen/Qwen2.5-7B", 7_615_616_512),
+        ("Qwen/Qwen3-0.6B", 596_049_920),
         ("mistralai/Mixtral-8x7B-v0.1", 46_702_792_704),
     ],
 )

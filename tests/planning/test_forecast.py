@@ -22,7 +22,14 @@ from bigtrain.planning.forecast import Forecast, forecast, read_bytes, verdict
 from bigtrain.share import share_root
 
 _GPU = 80 << 30
-_READY = ("llama3-8b", "llama3-70b", "qwen2.5-7b", "mixtral-8x7b", "llama3-8b-lora")
+# Run file → what is taken on 1, 2 and 16 nodes of eight GPUs with 80 GiB.
+_READY = {
+    "llama3-8b": ("zero1", "zero1", "zero1"),
+    "llama3-70b": ("zero3 (offload_optimizer cpu)", "zero3 (offload_optimizer cpu)", "fsdp"),
+    "qwen2.5-7b": ("zero1", "zero1", "zero1"),
+    "mixtral-8x7b": ("zero3 (offload_optimizer cpu)", "zero3", "zero3"),
+    "llama3-8b-lora": ("ddp", "ddp", "ddp"),
+}
 _RUN = """\
 model:
   config: {model_type: llama, hidden_size: 64}
@@ -51,9 +58,17 @@ def _forecast(plan: RunPlan, folder: Path) -> Forecast:
     )
 
 
-@pytest.mark.parametrize("nodes", [1, 2, 16])
-@pytest.mark.parametrize("name", _READY)
-def test_every_ready_config_is_planned_and_fits(name: str, nodes: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "nodes", "engine"),
+    [
+        (name, nodes, engine)
+        for name, engines in _READY.items()
+        for nodes, engine in zip((1, 2, 16), engines, strict=True)
+    ],
+)
+def test_every_ready_config_is_planned_and_fits(
+    name: str, nodes: int, engine: str, tmp_path: Path
+) -> None:
     path = share_root() / "configs" / f"{name}.yaml"
 
     plan = _plan(str(path), f"cluster.nodes={nodes}", folder=tmp_path)
@@ -61,9 +76,16 @@ def test_every_ready_config_is_planned_and_fits(name: str, nodes: int, tmp_path:
 
     assert plan.topology.world_size == nodes * 8
     assert plan.origins["engine.name"].startswith("auto: the fastest that fits")
+    assert str(_way(plan)) == engine
     assert found.memory is not None
     assert verdict(found.memory, found.device_memory) == "fits"
     assert '"auto"' not in json.dumps(dataclasses.asdict(plan.engine))
+
+
+def _way(plan: RunPlan) -> Candidate:
+    said = dataclasses.asdict(plan.options)
+    options = tuple((key, value) for key, value in said.items() if value is not None)
+    return Candidate(engine=plan.engine.name, options=options)
 
 
 def test_steps_checkpoints_and_disk_are_counted(tmp_path: Path) -> None:
