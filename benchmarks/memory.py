@@ -44,15 +44,6 @@ from bigtrain.translate.config import EngineName  # noqa: E402
 _STEPS = 3
 _MARK = "<!-- measured -->"
 MODELS: dict[str, dict[str, Any]] = {
-    "llama-17M": {
-        "model_type": "llama",
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 6,
-        "vocab_size": 8192,
-    },
     "llama-48M": {
         "model_type": "llama",
         "hidden_size": 512,

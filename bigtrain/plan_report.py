@@ -146,23 +146,28 @@ def origin(plan: RunPlan, key: str) -> str:
 
 def _engine_rows(plan: RunPlan) -> list[tuple[str, ...]]:
     engine = plan.engine
-    precision = f"{engine.compute_dtype}, masters {engine.master_dtype}, reduced in "
-    rows: list[tuple[str, ...]] = [
-        ("engine", engine.name),
-        ("precision", precision + engine.reduce_dtype),
-    ]
+    said = _as_the_script_says(plan)
+    rows: list[tuple[str, ...]] = [("engine", engine.name), ("precision", _precision(plan, said))]
     settings: Mapping[str, Any] = (
         engine.settings.json
         if isinstance(engine.settings, DeepSpeedSettings)
         else dataclasses.asdict(engine.settings)
     )
-    said = _as_the_script_says(plan)
-    if "bf16.enabled" in said:
-        rows[1] = ("precision", f"computes as the script says, masters {engine.master_dtype}")
     return rows + [
         (key, "as the script says" if key in said else short(value))
         for key, value in leaves("", settings)
     ]
+
+
+def _precision(plan: RunPlan, said_by_script: set[str]) -> str:
+    """accelerate's FSDP reduces gradients in what computes (FullyShardedDataParallelPlugin,
+    `set_mixed_precision`)."""
+    engine = plan.engine
+    if "bf16.enabled" in said_by_script:
+        return f"computes as the script says, masters {engine.master_dtype}"
+    is_accelerate_s = plan.kind == "script" and "ACCELERATE_USE_FSDP" in plan.environment
+    reduce = engine.compute_dtype if is_accelerate_s else engine.reduce_dtype
+    return f"{engine.compute_dtype}, masters {engine.master_dtype}, reduced in {reduce}"
 
 
 def _as_the_script_says(plan: RunPlan) -> set[str]:

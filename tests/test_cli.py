@@ -195,6 +195,9 @@ def test_a_script_is_planned_with_its_arguments(folder: Path) -> None:
     ) in lines
     assert "cluster.env.ACCELERATE_DEEPSPEED_CONFIG_FILE" in shown
     assert "gradient_clipping as the script says" in lines
+    sharded = _run(folder, "plan", "train.py", "--engine", "fsdp", "--set", "training.bf16=true")
+    rows = [" ".join(line.split()) for line in sharded.stdout.splitlines()]
+    assert "precision bf16, masters fp32, reduced in bf16" in rows  # by accelerate
 
 
 def test_planning_imports_no_torch_and_takes_no_time(folder: Path) -> None:
