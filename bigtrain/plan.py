@@ -111,7 +111,7 @@ class RunPlan:
             return cls(**_decoded(content))
         except ConfigError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"this is not a plan of bigtrain's: {error!r}") from error
 
 

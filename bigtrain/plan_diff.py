@@ -68,7 +68,7 @@ def _shown_plan(place: Path) -> RunPlan:
     """A recorded plan, or what `bigtrain plan --json` has shown."""
     try:
         content = json.loads(place.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return read_plan(place)  # which says what is wrong with it
     if not isinstance(content, dict) or not content.keys() & _SHOWN_BESIDE:
         return read_plan(place)

@@ -83,6 +83,8 @@ def parse_run_file(text: str, *, label: str) -> RunFile:
         values = {} if node is None else reading.value(node, ())
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_syntax_fault(error, label)) from None
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{label}: not a YAML file: {_one_line(error)}") from None
     except RecursionError:
@@ -103,6 +105,8 @@ def parse_value(text: str, *, label: str) -> Any:
         reading = _Reading(loader, label)
         # One level down, so that a mapping given here is judged as one inside a section.
         value = None if node is None else reading.value(node, ("",))
+    except ConfigError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{label}: {text!r} is not a value: {_one_line(error)}") from None
     if reading.faults:

@@ -190,7 +190,7 @@ def _held(place: Path) -> Path | None:
     """The file of who holds it; None where nobody does."""
     try:
         return next((path for path in place.iterdir() if path.suffix == ".json"), None)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 

@@ -90,7 +90,7 @@ def _keys(lines: list[str]) -> list[str] | None:
     for line in filter(str.strip, lines):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(row, dict):
             return None
