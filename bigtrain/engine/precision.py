@@ -1,8 +1,8 @@
 """Which precision each number has: kept between steps, computed in, and scaled against underflow.
 
 Trained parameters are kept as fp32 masters while the arithmetic is bf16 or fp16: an update of
-a hundred-thousandth of a weight vanishes in bf16's 8 bits. Frozen parameters get no updates and
-keep their dtype.
+a hundred-thousandth of a weight vanishes in bf16's 8 bits. Only fp16 level O3 keeps none. Frozen
+parameters get no updates and keep their dtype.
 """
 
 from __future__ import annotations
@@ -36,9 +36,18 @@ def keep_masters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def autocast(config: EngineConfig, device: torch.device) -> AbstractContextManager[None]:
     """Forward passes in the compute precision, for engines that keep whole fp32 parameters."""
-    if config.compute_dtype == "fp32":
+    if config.compute_dtype == "fp32" or config.casts_weights:
         return nullcontext()
     return torch.autocast(device.type, dtype=torch_dtype(config.compute_dtype))
+
+
+class _Fp16Scaler(torch.amp.GradScaler):
+    """torch's, which takes gradients in fp16 for a mistake: here they have no other precision."""
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        return super()._unscale_grads_(optimizer, inv_scale, found_inf, True)
 
 
 class LossScaler:
@@ -49,7 +58,8 @@ class LossScaler:
     """
 
     def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self._torch = torch.amp.GradScaler(device.type, enabled=config.compute_dtype == "fp16")
+        kind = _Fp16Scaler if config.master_dtype == "fp16" else torch.amp.GradScaler
+        self._torch = kind(device.type, enabled=config.compute_dtype == "fp16")
 
     @property
     def enabled(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bigtrain.engine import precision
+from bigtrain.engine import casting, precision
 from bigtrain.engine.opaque import seat_of
 from bigtrain.engine.protocol import LocalTensor, StateSource, StepResult
 from bigtrain.engine.state import Placement, TrainingState, whole
@@ -49,6 +49,7 @@ class TorchEngine:
             precision.keep_masters(model, precision.torch_dtype(self._config.master_dtype))
         # Moving a module keeps its Parameter objects, so the optimizer's groups stay right.
         model.to(self.device)
+        casting.cast_weights(model, self._cast_dtype())
         self._hold(model, optimizer)
         return model
 
@@ -116,6 +117,11 @@ class TorchEngine:
         self._state = TrainingState(
             model, optimizer, place=self._place, seat=seat_of(self.name, self._world)
         )
+
+    def _cast_dtype(self) -> torch.dtype | None:
+        """At fp16 levels O2 and O3 the model itself computes with fp16 weights."""
+        config = self._config
+        return precision.torch_dtype(config.compute_dtype) if config.casts_weights else None
 
     def _held(self) -> TrainingState:
         if self._state is None:

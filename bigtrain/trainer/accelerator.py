@@ -7,7 +7,7 @@ group.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -73,6 +73,8 @@ class Accelerator(Processes):
         self._config, self._data_seed = config, data_seed
         self.trained: nn.Module | None = None
         """The trainer's own model, which the engine prepares."""
+        self.prepare_trained: Callable[[], tuple[nn.Module, Optimizer | None]] | None = None
+        """Gives the trainer's model and optimizer to the engine, for a loop of the script's own."""
         self.optimizer_step_was_skipped = False
         """Whether the last step's gradients overflowed, so that nothing was updated."""
         self.fsdp_plugin = plugins.fsdp(settings)
@@ -94,21 +96,27 @@ class Accelerator(Processes):
         self.non_blocking = config.non_blocking
 
     def prepare(self, *objects: Any, **_: Any) -> Any:
-        """Data loaders cut to this rank's share; a scheduler as it is. What is to be trained is
-        the engine's: UnsupportedError."""
+        """Data loaders cut to this rank's share; a scheduler as it is; the trainer's model and
+        optimizer as the engine trains them. Others that are to be trained: UnsupportedError."""
         prepared = tuple(self._prepare_one(one) for one in objects)
         return prepared[0] if len(prepared) == 1 else prepared
 
     def _prepare_one(self, one: Any) -> Any:
         if isinstance(one, DataLoader):
             return self.prepare_data_loader(one)
-        if isinstance(one, (nn.Module, Optimizer)):
-            raise UnsupportedError(
-                f"accelerator.prepare({type(one).__name__}): the engine prepares the trainer's "
-                "model and optimizer itself; for a model beside it that is not trained there is "
-                "accelerator.prepare_model(model, evaluation_mode=True)"
-            )
-        return one
+        if not isinstance(one, (nn.Module, Optimizer)):
+            return one
+        if one is self.trained and self.prepare_trained is not None:
+            return self.prepare_trained()[0]
+        if isinstance(one, Optimizer) and self.prepare_trained is not None:
+            _, optimizer = self.prepare_trained()
+            if one is optimizer:
+                return one
+        raise UnsupportedError(
+            f"accelerator.prepare({type(one).__name__}): the engine prepares the trainer's "
+            "model and optimizer alone; for a model beside it that is not trained there is "
+            "accelerator.prepare_model(model, evaluation_mode=True)"
+        )
 
     def prepare_data_loader(self, data_loader: DataLoader[Any], **_: Any) -> DataLoader[Any]:
         """This rank's share of a loader that knows nothing of ranks."""

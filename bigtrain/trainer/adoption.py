@@ -44,7 +44,6 @@ def adopt(
     for field in dataclasses.fields(kind):
         if field.name not in adopted.__dict__:
             setattr(adopted, field.name, field.default)
-    adopted.deepspeed_plugin = None
     adopted.settle()
     return adopted  # type: ignore[no-any-return]
 

@@ -21,17 +21,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from accelerate.state import PartialState
 from transformers.training_args import ParallelMode
 from transformers.utils import logging
 
 from bigtrain.device import choose_device
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
-from bigtrain.trainer import environment
+from bigtrain.trainer import environment, plugins
 
 logger = logging.get_logger(__name__)
 
 FP16_OPT_LEVELS = ("O0", "O1", "O2", "O3")
+_OF_THIS_PROCESS = (
+    "_ranks",
+    "_setup_devices",
+    "_n_gpu",
+    "hf_deepspeed_config",
+    "deepspeed_plugin",
+)
 
 
 @dataclass(repr=False)
@@ -128,6 +136,8 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         if isinstance(deepspeed, str) and deepspeed.startswith("{"):
             deepspeed = json.loads(deepspeed)
         self.deepspeed = deepspeed
+        self.__dict__.pop("deepspeed_plugin", None)
+        self._check_configured_state()
         if self.logging_dir is not None:
             self.logging_dir = str(Path(self.logging_dir).expanduser())
 
@@ -182,6 +192,29 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
             super()._validate_args()
         finally:
             self.use_cpu = chosen
+
+    def _check_configured_state(self) -> None:
+        """`use_configured_state` says that the script has made accelerate's state: it stays as it
+        is, for bigtrain makes and resets none."""
+        config: Any = self.accelerator_config
+        if getattr(config, "use_configured_state", False) and not PartialState._shared_state:
+            raise ValueError(
+                "Passing `'use_configured_state':True` to the AcceleratorConfig requires a "
+                "pre-configured `AcceleratorState` or `PartialState` to be defined before calling "
+                "`TrainingArguments`. "
+            )
+
+    @cached_property
+    def hf_deepspeed_config(self) -> Any:  # type: ignore[override]  # theirs is a plain attribute
+        """`deepspeed` with its "auto" values resolved, for scripts that ask; no engine reads it."""
+        if not self.deepspeed:
+            raise AttributeError("hf_deepspeed_config: these arguments have no `deepspeed`")
+        return plugins.resolved_deepspeed(self.deepspeed, self)
+
+    @cached_property
+    def deepspeed_plugin(self) -> Any:  # type: ignore[override]
+        """What scripts ask accelerate's plugin for; None without `deepspeed`."""
+        return plugins.deepspeed_of(self.hf_deepspeed_config) if self.deepspeed else None
 
     @property
     def ranks(self) -> RankInfo:
@@ -261,7 +294,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         # `training_args.bin` is opened on other machines: the place in this run stays out,
         # and so does a secret.
         state = dict(self.__dict__)
-        for name in ("_ranks", "_setup_devices", "_n_gpu"):
+        for name in _OF_THIS_PROCESS:
             state.pop(name, None)
         state["hub_token"] = None
         return state

@@ -160,6 +160,7 @@ class TrainerCore:
     def _use_engine(self, engine: Engine) -> None:
         self.engine = engine
         self.create_accelerator_and_postprocess()
+        self.accelerator.prepare_trained = self._prepare_trained
         self._is_prepared = False
 
     def _prepare_to_evaluate(self) -> None:
@@ -167,6 +168,10 @@ class TrainerCore:
         if not self._is_prepared:
             self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
             self._is_prepared = True
+
+    def _prepare_trained(self) -> tuple[nn.Module, Optimizer | None]:
+        """Model and optimizer as the engine trains them, for a loop of the script's own."""
+        raise NotImplementedError
 
     def _reset_gather(self) -> None:
         self.gather_function = functools.partial(

@@ -108,6 +108,9 @@ class Forward(Optimization):
         """
         if not self.model_accepts_loss_kwargs or num_items is None:
             return model(**inputs)
+        if isinstance(num_items, Tensor) and self._engine_config.compute_dtype != "fp32":
+            # Engines cast a model's floating-point inputs: fp16 ends at 65,504 items.
+            num_items = num_items.long()
         if not (self._watches_count and is_models_loss) or self.args.torch_compile:
             return model(**inputs, num_items_in_batch=num_items)
         count = WatchedCount.of(num_items)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import (
     SaveStrategy,
@@ -321,6 +322,10 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
             setattr(self.callback_handler, name, getattr(self, name))
         self.callback_handler.train_dataloader = loader
         return checkpoint
+
+    def _prepare_trained(self) -> tuple[nn.Module, Optimizer | None]:
+        preparation.prepare_engine(self, None)
+        return self.model_wrapped, self.optimizer
 
     def _finalize_training(
         self, trial: Any, num_train_samples: float, start_time: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -33,6 +34,10 @@ _NOT_DECAYED = [
     r"(?:^|\.)norm(?:$|\.)",
     r"_norm(?:$|\.)",
 ]
+
+_FP16_EPS = 1e-4
+
+logger = logging.getLogger(__name__)
 
 
 class Optimization(TrainerCore):
@@ -70,6 +75,8 @@ class Optimization(TrainerCore):
         for key in ("params", "model", "optimizer_dict"):
             if key in kwargs:
                 groups = kwargs.pop(key)
+        if self._engine_config.master_dtype == "fp16" and "eps" in kwargs:
+            kwargs["eps"] = _eps_in_fp16(kwargs["eps"])
         optimizer = make(groups, **kwargs)
         if "bitsandbytes" in str(make) and kwargs.get("optim_bits") == 8:
             _keep_embeddings_in_32_bits(model)
@@ -138,6 +145,19 @@ class Optimization(TrainerCore):
         else:
             rate = self.lr_scheduler.get_last_lr()[0]
         return float(rate.item()) if torch.is_tensor(rate) else rate
+
+
+def _eps_in_fp16(eps: float) -> float:
+    """`eps` where fp16 can hold it: a moment of zero divided by zero would be the end."""
+    if torch.tensor(eps, dtype=torch.float16) > 0:
+        return eps
+    logger.warning(
+        "adam_epsilon %g is 0 in fp16, which is all that fp16_opt_level O3 keeps: taking %g; set "
+        "adam_epsilon for another",
+        eps,
+        _FP16_EPS,
+    )
+    return _FP16_EPS
 
 
 def _keep_embeddings_in_32_bits(model: nn.Module) -> None:

@@ -55,3 +55,28 @@ def deepspeed(settings: EngineSettings) -> DeepSpeedPlugin | None:
     return DeepSpeedPlugin(
         zero_stage=settings.zero_stage, deepspeed_config=copy.deepcopy(dict(settings.json))
     )
+
+
+def resolved_deepspeed(config: Any, args: Any) -> Any:
+    """A DeepSpeed JSON (or its path) as transformers resolves it by the arguments.
+
+    transformers would keep it as the process's own and build every model under `zero.Init`
+    while it lives: it is taken back at once.
+    """
+    from transformers.integrations.deepspeed import (
+        HfTrainerDeepSpeedConfig,
+        unset_hf_deepspeed_config,
+    )
+
+    resolved = HfTrainerDeepSpeedConfig(config)
+    unset_hf_deepspeed_config()
+    resolved.trainer_config_process(args)
+    return resolved
+
+
+def deepspeed_of(resolved: Any) -> DeepSpeedPlugin:
+    """The plugin of arguments with a DeepSpeed JSON."""
+    return DeepSpeedPlugin(
+        zero_stage=resolved.get_value("zero_optimization.stage", 0),
+        deepspeed_config=copy.deepcopy(resolved.config),
+    )

@@ -61,11 +61,12 @@ def shard(
             **_common(loader, device, config),
         )
     sampler = loader.batch_sampler
-    if ranks.world_size > 1 and not is_sharded:
+    if ranks.world_size > 1:
+        # A sampler that knows ranks is passed through: only its last batch is filled up.
         sampler = BatchSamplerShard(
             sampler,
-            num_processes=ranks.world_size,
-            process_index=ranks.rank,
+            num_processes=1 if is_sharded else ranks.world_size,
+            process_index=0 if is_sharded else ranks.rank,
             split_batches=config.split_batches,
             even_batches=config.even_batches,
         )

@@ -82,8 +82,11 @@ class EngineConfig:
     name: EngineName
     settings: EngineSettings
     compute_dtype: DTypeName = "fp32"
-    master_dtype: Literal["fp32", "bf16"] = "fp32"
+    master_dtype: DTypeName = "fp32"
     """Precision in which trained parameters are kept between steps."""
+    casts_weights: bool = False
+    """Engines with whole parameters: weights and inputs are in the compute precision, rather than
+    what autocast gives to some operations."""
     reduce_dtype: DTypeName = "fp32"
     """Precision in which gradients are reduced over ranks and accumulated."""
 

@@ -137,7 +137,8 @@ def translate(
         name=engine,
         settings=foreign.overlay(ours, values),
         compute_dtype=request.compute,
-        master_dtype=options.master_dtype or "fp32",
+        master_dtype=precision.master_dtype(whole, options.master_dtype),
+        casts_weights=precision.casts_weights(whole) and engine in ("single", "ddp"),
         reduce_dtype=options.reduce_dtype or "fp32",
     )
     return Translation(engine=config, fates=_fates(config, schema, values))
@@ -152,8 +153,7 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         values,
         on_deepspeed=engine in _ON_DEEPSPEED,
         on_cpu=request.on_cpu,
-        is_sharded=engine not in ("single", "ddp"),
-        bf16_masters=options.master_dtype == "bf16",
+        masters=options.master_dtype,
     ):
         yield f"training.{name}", why
     for name, why in consistency.faults(values):

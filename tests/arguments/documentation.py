@@ -50,8 +50,10 @@ WHERE = {
     "max_grad_norm": "the norm over all shards; DeepSpeed clips in its own step",
     "gradient_accumulation_steps": "one reduction a window where the engine can: ddp and fsdp skip "
     "it in between, ZeRO 2 and 3 reduce every micro-batch",
-    "fp16_opt_level": "O0 and O1 on every engine; O2 (fp16 weights, fp32 masters) on fsdp and "
-    "zero, refused on single and ddp; O3 is refused",
+    "fp16_opt_level": "single, ddp: O1 is autocast, O2 computes with fp16 weights cast from fp32 "
+    "masters, O3 keeps fp16 weights and optimizer state alone. fsdp: layers are gathered in fp16, "
+    "from fp32 masters (O1, O2) or fp16 ones (O3). zero: DeepSpeed's fp16 with fp32 masters (O1, "
+    "O2); O3 is refused",
 }
 DIFFERENCES = """
 `trainer.accelerator` answers what scripts ask accelerate's `Accelerator` for (place, gather,

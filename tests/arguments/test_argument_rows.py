@@ -33,7 +33,7 @@ from tests.arguments.rows import (
     weights,
 )
 from tests.engine.harness import run_ranks
-from tests.trainer.samples import Points, tiny_llama
+from tests.trainer.samples import Points, Sentences, tiny_llama
 
 shows = pytest.mark.shows
 
@@ -313,11 +313,24 @@ def test_fp16_computes_in_fp16_and_scales_the_loss(tmp_path: Path) -> None:
 
 @shows("fp16_opt_level")
 def test_fp16_opt_level_says_how_much_is_in_fp16(tmp_path: Path) -> None:
-    found = {
-        level: trained(tmp_path, fp16=True, fp16_opt_level=level).model.dtypes
-        for level in ("O0", "O1")
+    found = {}
+    for level in ("O0", "O1", "O2", "O3"):
+        model, seen = tiny_llama(), set()
+        norm = model.model.layers[0].input_layernorm  # which autocast leaves in fp32
+        norm.register_forward_hook(lambda module, *_, seen=seen: seen.add(module.weight.dtype))
+        run = trained(
+            tmp_path, fp16=True, fp16_opt_level=level, model=model, train_dataset=Sentences(16)
+        )
+        kept = {parameter.dtype for parameter in model.parameters()}
+        moments = {state["exp_avg"].dtype for state in run.optimizer.state.values()}
+        found[level] = seen, kept, moments, bool(run.engine.scaler_state())
+    fp32, fp16 = {torch.float32}, {torch.float16}
+    assert found == {
+        "O0": (fp32, fp32, fp32, False),
+        "O1": (fp32, fp32, fp32, True),
+        "O2": (fp16, fp32, fp32, True),
+        "O3": (fp16, fp16, fp16, True),
     }
-    assert found == {"O0": {torch.float32}, "O1": {torch.float16}}
 
 
 @shows("fp16_backend")

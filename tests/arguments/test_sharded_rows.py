@@ -299,23 +299,73 @@ def test_shards_compute_in_fp16_and_go_on_in_a_directory_in_use(
     assert half[0][2] == [1, 2, 3, 4, 5, 6]
 
 
-def _gathered(world: RankInfo, folder: str, level: str) -> tuple[Any, ...]:
-    """The losses, and the precision of a layer's weights while it computes."""
+def _gathered(world: RankInfo, folder: str, level: str, engine: str) -> tuple[Any, ...]:
+    """The losses, the precision of a layer's weights while it computes, and as they are kept."""
     run = llama_trainer(
-        folder, fp16=True, fp16_opt_level=level, max_steps=2, fsdp="full_shard", data=Sentences(8)
+        folder,
+        fp16=True,
+        fp16_opt_level=level,
+        max_steps=4,
+        data=Sentences(16),
+        save_strategy="steps",
+        save_steps=2,
+        **ENGINES[engine],
     )
     seen: set[torch.dtype] = set()
-    linear = run.model.model.layers[0].self_attn.q_proj
-    linear.register_forward_hook(lambda module, *_: seen.add(module.weight.dtype))
+    norm = run.model.model.layers[0].input_layernorm
+    norm.register_forward_hook(lambda module, *_: seen.add(module.weight.dtype))
     run.train()
-    return logged(run, "loss"), seen, {p.dtype for p in run.model.parameters()}
+    again = llama_trainer(
+        folder, fp16=True, fp16_opt_level=level, max_steps=4, data=Sentences(16), **ENGINES[engine]
+    )
+    again.train(resume_from_checkpoint=f"{folder}/checkpoint-2")
+    kept = {p.dtype for p in run.model.parameters()}
+    return logged(run, "loss"), logged(again, "loss"), seen, kept
 
 
 @shows("fp16_opt_level")
-def test_o2_on_shards_computes_with_fp16_weights_and_keeps_fp32_masters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+def test_fp16_levels_on_several_ranks_say_what_is_computed_and_kept_in_fp16(
+    tmp_path: Path, engine: str
+) -> None:
     by_level = {
-        level: run_ranks(2, _gathered, str(tmp_path / level), level)[0] for level in ("O0", "O2")
+        level: run_ranks(2, _gathered, str(tmp_path / level), level, engine)
+        for level in ("O0", "O2", "O3")
     }
-    assert by_level["O0"][1:] == ({torch.float32}, {torch.float32})
-    assert by_level["O2"][1:] == ({torch.float16}, {torch.float32})
-    assert by_level["O2"][0] == pytest.approx(by_level["O0"][0], rel=1e-2)
+    fp32, fp16 = {torch.float32}, {torch.float16}
+    expected = {"O0": (fp32, fp32), "O2": (fp16, fp32), "O3": (fp16, fp16)}
+    for level, (one, other) in by_level.items():
+        assert one == other
+        losses, resumed, seen, kept = one
+        assert (seen, kept) == expected[level]
+        assert resumed == losses
+        assert losses == pytest.approx(by_level["O0"][0][0], rel=1e-2)
+
+
+def _items(world: RankInfo, folder: str, fields: dict[str, Any]) -> int:
+    """What the model is told of a window's items."""
+    run = llama_trainer(
+        folder, max_steps=1, data=Sentences(62), per_device_train_batch_size=31, **fields
+    )
+    told: list[int] = []
+    loss_of = run.model.loss_function
+
+    def note(*args: Any, num_items_in_batch: Any, **kwargs: Any) -> Tensor:
+        told.append(int(num_items_in_batch))
+        loss: Tensor = loss_of(*args, num_items_in_batch=num_items_in_batch, **kwargs)
+        return loss
+
+    run.model.loss_function = note
+    run.train()
+    return told[-1]
+
+
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_the_count_of_items_is_not_rounded_to_the_compute_precision(
+    tmp_path: Path, engine: str
+) -> None:
+    counts = run_ranks(2, _items, str(tmp_path), {"bf16": True, **ENGINES[engine]})
+    labels = [sample["labels"][1:] for sample in Sentences(62)]
+    expected = sum(int(row.ne(-100).sum()) for row in labels)
+    assert int(torch.tensor(float(expected)).bfloat16()) != expected
+    assert counts == [expected, expected]

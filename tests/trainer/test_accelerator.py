@@ -129,3 +129,61 @@ def test_deepspeeds_config_can_be_asked_for(tmp_path: Path) -> None:
     assert (plugin.zero_stage, plugin.offload_optimizer_device) == (2, "cpu")
     assert plugin.deepspeed_config["zero_optimization"]["stage"] == 2
     assert plugin.offload_param_device == "none"
+
+
+def _one_step(world: RankInfo, folder: str, fields: dict[str, Any], own: bool) -> dict[str, Any]:
+    """The weights after one step, by the trainer's loop or by one of the script's own."""
+    run = trainer(
+        folder,
+        max_steps=1,
+        data=Sentences(16),
+        max_grad_norm=0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        **fields,
+    )
+    if own:
+        model, optimizer = run.accelerator.prepare(run.model, run.create_optimizer())
+        batch = next(iter(run.get_train_dataloader()))
+        items = run._get_num_items_in_batch([batch], run.args.device)
+        run.training_step(model, batch, num_items_in_batch=items)
+        optimizer.step()
+    else:
+        run.train()
+    return {name: tensor for name, tensor in run.engine.full_weights() if tensor is not None}
+
+
+@pytest.mark.parametrize("fields", [{}, {"fsdp": "full_shard"}], ids=["ddp", "fsdp"])
+def test_a_loop_of_the_scripts_own_trains_what_accelerate_prepared(
+    tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    own, trained = (run_ranks(2, _one_step, str(tmp_path), fields, way)[0] for way in (True, False))
+    assert own.keys() == trained.keys() and own
+    assert all(torch.equal(own[name], trained[name]) for name in own)
+
+
+def test_an_optimizer_beside_the_trainers_is_refused(run: Trainer) -> None:
+    other = torch.optim.SGD(Regression().parameters(), lr=0.1)
+    with pytest.raises(UnsupportedError, match="the trainer's model and optimizer alone"):
+        run.accelerator.prepare(other)
+    with pytest.raises(UnsupportedError, match="evaluation_mode=True"):
+        run.accelerator.prepare(Regression())
+
+
+def _rebalanced(world: RankInfo, folder: str) -> tuple[list[int], str]:
+    rows = [{"input_ids": list(range(1 + index % 8))} for index in range(18)]
+    run = trainer(
+        folder,
+        data=rows,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="batch_rebalance",
+    )
+    sampler = run.get_train_dataloader().batch_sampler
+    return [index for batch in sampler for index in batch], type(sampler).__name__
+
+
+def test_a_sampler_that_knows_ranks_is_not_cut_again(tmp_path: Path) -> None:
+    (one, kind), (other, _) = run_ranks(2, _rebalanced, str(tmp_path))
+    assert set(one) | set(other) == set(range(18)) and not set(one) & set(other)
+    assert kind == "BatchSamplerShard"  # as accelerate's, which scripts look into

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from bigtrain.errors import UnsupportedError
 from bigtrain.layers import Override
@@ -155,3 +156,39 @@ def test_a_model_that_can_not_be_traced_is_evaluated_anyway(
         patch.setattr(torch.jit, "trace", fail)
         assert run.evaluate()["eval_loss"] > 0
     assert "can't be traced (no trace)" in caplog.text
+
+
+def test_deepspeeds_json_can_be_asked_for_as_transformers_resolves_it(tmp_path: Path) -> None:
+    given = {
+        "zero_optimization": {"stage": 3},
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "bf16": {"enabled": "auto"},
+    }
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        deepspeed=given,
+        bf16=True,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    assert args.deepspeed_plugin.zero_stage == 3
+    config = args.hf_deepspeed_config
+    assert config.is_zero3() and config.dtype() == torch.bfloat16
+    assert config.config["train_micro_batch_size_per_gpu"] == 4
+    assert config.config["train_batch_size"] == 4 * 2 * args.world_size
+    assert not is_deepspeed_zero3_enabled()  # no model is built under `zero.Init`
+    assert pickle.loads(pickle.dumps(args)).deepspeed_plugin.zero_stage == 3
+    plain = TrainingArguments(output_dir=str(tmp_path))
+    assert plain.deepspeed_plugin is None and not hasattr(plain, "hf_deepspeed_config")
+
+
+def test_a_configured_state_has_to_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"use_configured_state": True}
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    with pytest.raises(ValueError, match="requires a pre-configured"):
+        TrainingArguments(output_dir=str(tmp_path), accelerator_config=asked)
+    monkeypatch.setattr(PartialState, "_shared_state", {"device": torch.device("cpu")})
+    TrainingArguments(output_dir=str(tmp_path), accelerator_config=asked)

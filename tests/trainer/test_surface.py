@@ -166,8 +166,13 @@ def test_a_plain_loader_from_an_override_is_used_as_it_is(tmp_path: Path) -> Non
             TypeError,
             "processing_class",
         ),
-        (lambda out: trainer(out, fp16=True, fp16_opt_level="O2"), ConfigError, "O2.*fsdp"),
-        (lambda out: trainer(out, fp16=True, fp16_opt_level="O3"), ConfigError, "O3.*masters"),
+        (
+            lambda out: trainer(
+                out, fp16=True, fp16_opt_level="O3", deepspeed={"zero_optimization": {"stage": 2}}
+            ),
+            ConfigError,
+            "O3.*DeepSpeed keeps fp32 masters",
+        ),
     ],
 )
 def test_wrong_use_is_refused_at_construction(
