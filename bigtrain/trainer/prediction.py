@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import torch
+from accelerate.utils.operations import convert_to_fp32
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import nested_detach
@@ -55,6 +56,9 @@ class Prediction(Batches, Forward):
         if prediction_loss_only:
             return loss, None, None
         logits = nested_detach(logits)
+        if self._engine_config.compute_dtype != "fp32":
+            # As accelerate hands them on: what metrics compute would overflow in fp16.
+            logits = convert_to_fp32(logits)
         return loss, logits[0] if len(logits) == 1 else logits, labels
 
     def _predict_with_loss(
