@@ -5,6 +5,7 @@ Nothing here imports torch at module level, so that the torch-free tests stay qu
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import shutil
@@ -39,11 +40,15 @@ _LAUNCHER_PREFIXES = (
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME", "DS_ACCELERATOR")
 # Kept although its prefix says otherwise: it is about the tests, not about a run.
 REQUIRED_VARIABLE = "BIGTRAIN_TEST_REQUIRE"
-"""Comma-separated markers whose tests may not be skipped; CI sets what it has installed."""
+"""Comma-separated markers and packages whose tests may not be skipped; CI sets what it installs."""
+MARKERS = ("gpu", "slurm")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Set what libraries read when they are imported, before any test module imports them."""
+    packages = set(filter(None, os.environ.get(REQUIRED_VARIABLE, "").split(","))) - {*MARKERS}
+    if missing := sorted(name for name in packages if importlib.util.find_spec(name) is None):
+        raise pytest.UsageError(f"{REQUIRED_VARIABLE} asks for {', '.join(missing)}: not installed")
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -82,6 +82,7 @@ def test_the_plan_s_json_golden() -> None:
             },
             "compute_dtype": "bf16",
             "master_dtype": "fp32",
+            "casts_weights": False,
             "reduce_dtype": "fp32",
         },
         "options": {"forward_prefetch": 2, "wrap_classes": ["Block"]},
