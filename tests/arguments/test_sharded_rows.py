@@ -339,13 +339,14 @@ def test_fp16_levels_on_several_ranks_say_what_is_computed_and_kept_in_fp16(
         losses, resumed, seen, kept = one
         assert (seen, kept) == expected[level]
         assert resumed == losses
-        assert losses == pytest.approx(by_level["O0"][0][0], rel=1e-2)
+        # Without masters, and with an epsilon that fp16 holds, steps are a little other ones.
+        assert losses == pytest.approx(by_level["O0"][0][0], rel=5e-2 if level == "O3" else 1e-2)
 
 
 def _items(world: RankInfo, folder: str, fields: dict[str, Any]) -> int:
     """What the model is told of a window's items."""
     run = llama_trainer(
-        folder, max_steps=1, data=Sentences(62), per_device_train_batch_size=31, **fields
+        folder, max_steps=1, data=Sentences(64), per_device_train_batch_size=32, **fields
     )
     told: list[int] = []
     loss_of = run.model.loss_function
@@ -365,7 +366,7 @@ def test_the_count_of_items_is_not_rounded_to_the_compute_precision(
     tmp_path: Path, engine: str
 ) -> None:
     counts = run_ranks(2, _items, str(tmp_path), {"bf16": True, **ENGINES[engine]})
-    labels = [sample["labels"][1:] for sample in Sentences(62)]
+    labels = [sample["labels"][1:] for sample in Sentences(64)]
     expected = sum(int(row.ne(-100).sum()) for row in labels)
     assert int(torch.tensor(float(expected)).bfloat16()) != expected
     assert counts == [expected, expected]
