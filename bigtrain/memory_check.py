@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.layers import Override
+from bigtrain.memory.timeline import EVALUATION
 from bigtrain.plan import RunPlan
 from bigtrain.plan_command import forecast_there
 from bigtrain.planning.device_memory import DeviceMemory
@@ -40,7 +42,7 @@ def require_fit(
     if not device.holds_offloaded(memory.host):
         what = f"engine {plan.engine.name} offloads {size(memory.host)} of each rank"
         there = f"the host has {size(device.host or 0)} for it"
-    ways = [*_other_engine(plan_with, find), *_recomputing(found)]
+    ways = [*_other_engine(plan_with, find), *_recomputing(found), *_evaluating_less(found)]
     advice = " or ".join(ways) or _NOTHING
     raise ConfigError(f"{what}, and {there}; {advice}; start it all the same with {FLAG}")
 
@@ -69,6 +71,17 @@ def _other_engine(
     if found is None or found.memory is None or _verdict(found) == "too large":
         return []
     return [f"--engine auto would fit ({plan.engine.name}, {size(found.memory.peak)})"]
+
+
+def _evaluating_less(found: Forecast) -> list[str]:
+    memory = found.memory
+    if memory is None or memory.peak_moment.name != EVALUATION:
+        return []
+    training = tuple(moment for moment in memory.moments if moment.name != EVALUATION)
+    if verdict(replace(memory, moments=training), found.device_memory) == "too large":
+        return []
+    batch = f"training.per_device_eval_batch_size below {found.evaluation_batch}"
+    return [f"{batch} might fit (the evaluation needs the most)"]
 
 
 def _recomputing(found: Forecast) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from bigtrain.memory.estimate import MemoryPlan
+from bigtrain.memory.timeline import EVALUATION
 from bigtrain.planning.engine_choice import Candidate, size
 from bigtrain.planning.forecast import Forecast, Schedule, verdict
 
@@ -100,6 +101,10 @@ def _memory_rows(forecast: Forecast, memory: MemoryPlan) -> Iterator[Row]:
     yield "communication", f"{size(state.buffers)} that stays, {size(at.communication)} at the peak"
     yield "activations", _activations(forecast, memory)
     yield "logits", size(memory.logits) if memory.logits else "in the activations"
+    for moment in memory.moments:
+        if moment.name == EVALUATION:
+            batch = forecast.evaluation_batch
+            yield "evaluation", f"{size(moment.activations)}, per_device_eval_batch_size {batch}"
     if memory.host:
         procs = forecast.procs_per_node
         each = f"{size(memory.host)} for each rank"
@@ -131,7 +136,8 @@ def _activations(forecast: Forecast, memory: MemoryPlan) -> str:
 
 
 def _moment(name: str) -> str:
-    return f"in the {name}" if name.startswith("backward") else f"at the {name}"
+    lasts = name == EVALUATION or name.startswith("backward")
+    return f"in the {name}" if lasts else f"at the {name}"
 
 
 def _judged(forecast: Forecast) -> str | None:

@@ -61,6 +61,29 @@ def test_a_run_that_no_engine_can_fit_is_refused_and_one_that_is_told_to_starts(
     _require_fit(plan, dataclasses.replace(large, checks_memory=False))
 
 
+def test_an_evaluation_that_needs_more_than_training_is_named(launch: Launch) -> None:
+    said = ("engine=fsdp", "model.config.vocab_size=64000", "data.eval_split=0.1")
+    said += ("training.per_device_eval_batch_size=32", "training.gradient_checkpointing=true")
+    request = dataclasses.replace(launch.request, overrides=tuple(map(parse_assignment, said)))
+    large = dataclasses.replace(launch, request=request)
+
+    with pytest.raises(ConfigError) as raised:
+        _require_fit(large.plan(), large)
+
+    assert (
+        "training.per_device_eval_batch_size below 32 might fit (the evaluation needs the most)"
+    ) in str(raised.value)
+    fewer = dataclasses.replace(
+        request,
+        overrides=(
+            *request.overrides,
+            parse_assignment("training.per_device_eval_batch_size=2"),
+        ),
+    )
+    small = dataclasses.replace(large, request=fewer)
+    _require_fit(small.plan(), small)
+
+
 def test_recomputing_is_named_where_it_would_do(launch: Launch) -> None:
     said = (
         parse_assignment("training.per_device_train_batch_size=24"),

@@ -127,6 +127,21 @@ def activation_bytes(shape: Architecture, batch: Batch) -> ActivationBytes:
     )
 
 
+def evaluation_bytes(shape: Architecture, batch: Batch, *, layers: int) -> int:
+    """The most in a forward pass that keeps nothing for a backward pass: a layer at work, or the
+    logits with their fp32 copy and its log-softmax.
+
+    Autocast keeps its copies of all weights until the pass is over, without gradients too
+    (aten/src/ATen/autocast_mode.cpp, `cached_cast`).
+    """
+    each, width = activation_bytes(shape, batch), batch.compute_bytes
+    stream = 2 * (4 if batch.is_autocast else width) * shape.hidden
+    inner = 3 * width * shape.intermediate * max(1, shape.experts_per_token)
+    logits = (width + (4 if width < 4 else 0) + 4) * shape.vocabulary if batch.keeps_logits else 0
+    casts = layers * each.layer_casts + each.head_casts
+    return each.fixed + casts + batch.tokens * (stream + max(inner, logits))
+
+
 def _norms(shape: Architecture, batch: Batch) -> int:
     """Two RMSNorms per token: input in fp32, what it is divided to, and the output.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -11,11 +11,12 @@ from bigtrain.memory.activations import (
     Batch,
     FormulaActivations,
     activation_bytes,
+    evaluation_bytes,
 )
 from bigtrain.memory.optimizers import optimizer_name, optimizer_shape
 from bigtrain.memory.shapes import BYTES, ModelShapes
 from bigtrain.memory.state import Placement, StateBytes, state_bytes
-from bigtrain.memory.timeline import Moment, Step, is_offloaded, moments
+from bigtrain.memory.timeline import Moment, Step, evaluation, is_offloaded, moments
 from bigtrain.topology import Topology
 from bigtrain.translate.config import DeepSpeedSettings, EngineConfig, FsdpSettings
 
@@ -30,6 +31,8 @@ class Request:
     device: Literal["cpu", "cuda"]
     training: Mapping[str, Any]
     sequence_length: int
+    evaluates: bool = False
+    """Whether the run evaluates, on batches of their own size."""
 
     @property
     def recompute(self) -> bool:
@@ -46,11 +49,12 @@ class Request:
         optimizer = optimizer_shape(optimizer_name(self.training))
         return Placement(config=self.config, topology=self.topology, optimizer=optimizer)
 
-    def batch(self) -> Batch:
+    def batch(self, key: str = "per_device_train_batch_size") -> Batch:
+        """What goes through the model at once, in training or else in an evaluation."""
         compute = BYTES[self.config.compute_dtype]
         whole = self.config.name in ("single", "ddp")
         return Batch(
-            sequences=int(self.training.get("per_device_train_batch_size") or 8),
+            sequences=int(self.training.get(key) or 8),
             sequence_length=self.sequence_length,
             compute_bytes=compute,
             is_autocast=whole and compute < BYTES[self.config.master_dtype],
@@ -139,15 +143,26 @@ def plan_with(
         on_gpu=request.device == "cuda",
     )
     logits = getattr(activations, "logits", 0)
+    training = tuple(moments(step))
     return MemoryPlan(
         state=state,
-        moments=tuple(moments(step)),
+        moments=(*training, *_evaluation(request, step, training)),
         method=method,
         activations=activations.head - logits,
         logits=logits,
         host=whole.total - state.total - nvme + _swap_buffers(request),
         nvme=nvme,
     )
+
+
+def _evaluation(request: Request, step: Step, training: tuple[Moment, ...]) -> Iterator[Moment]:
+    """By formula, also where training is traced."""
+    shape = request.shapes.architecture
+    if not request.evaluates or shape is None:
+        return
+    batch = request.batch("per_device_eval_batch_size")
+    activations = evaluation_bytes(shape, batch, layers=shape.layers)
+    yield evaluation(step, training, activations=activations)
 
 
 def _on_nvme(state: StateBytes, request: Request) -> int:

@@ -7,7 +7,7 @@ read from torch/distributed/fsdp/_fully_shard/ and deepspeed/runtime/, and measu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from bigtrain.translate.config import (
     SingleSettings,
 )
 
-LOSS, UPDATE = "loss", "update"
+LOSS, UPDATE, EVALUATION = "loss", "update", "evaluation"
 _FLATTENED_AT_ONCE = 500_000_000
 """Elements (deepspeed/runtime/engine.py, `MEMORY_OPT_ALLREDUCE_SIZE`)."""
 
@@ -96,6 +96,18 @@ def moments(step: Step) -> Iterator[Moment]:
     """The moments of the last micro-batch of a step and of its update, in order."""
     rhythm = _RHYTHMS[type(step.place.config.settings)]
     yield from rhythm(step)
+
+
+def evaluation(step: Step, training: Sequence[Moment], *, activations: int) -> Moment:
+    """Between two steps, whose moments are `training`: gradients are let go, but for those that
+    DeepSpeed keeps in buffers of its own; weights are gathered as for training."""
+    keeps = isinstance(step.place.config.settings, DeepSpeedSettings)
+    return Moment(
+        name=EVALUATION,
+        activations=activations,
+        gradients=training[-1].gradients if keeps else 0,
+        communication=training[0].communication,
+    )
 
 
 def _whole(step: Step) -> Iterator[Moment]:

@@ -46,6 +46,7 @@ class Forecast:
     disk: DiskPlan | None
     device_memory: DeviceMemory
     procs_per_node: int = 1
+    evaluation_batch: int = 0
     optimizer: str = ""
     """Its name, where what it keeps is not known and Adam's state is counted in its place."""
     unknown: str = ""
@@ -81,6 +82,7 @@ def forecast(
         disk=disk_plan(request, checkpoints=schedule.checkpoints),
         device_memory=device_memory,
         procs_per_node=plan.topology.procs_per_node,
+        evaluation_batch=request.batch("per_device_eval_batch_size").sequences,
         optimizer=_unknown_optimizer(plan),
     )
 
@@ -111,7 +113,15 @@ def memory_request(plan: RunPlan, model: Model) -> Request:
         device=plan.device,
         training=plan.training,
         sequence_length=int(plan.data["sequence_length"]),
+        evaluates=_evaluates(plan),
     )
+
+
+def _evaluates(plan: RunPlan) -> bool:
+    """In between or at the end, where there is something to evaluate on."""
+    has_data = plan.data.get("eval_files") or plan.data.get("eval_split") is not None
+    strategy = str(plan.training.get("eval_strategy") or "no")
+    return bool(has_data) and (strategy != "no" or plan.training.get("do_eval") is not False)
 
 
 def make_schedule(plan: RunPlan) -> Schedule:

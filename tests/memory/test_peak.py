@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import importlib.util
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from bigtrain.engine import build_engine
 from bigtrain.memory.live_bytes import LiveBytes
 from bigtrain.topology import RankInfo
 from tests.engine.harness import run_ranks
@@ -79,6 +83,52 @@ def test_the_formula_is_near_even_for_a_tiny_model(
     plan = benchmark.estimate.estimate(benchmark._request(case))
 
     assert plan.peak == pytest.approx(counted, rel=0.25)
+
+
+def _evaluated(world: RankInfo, benchmark: ModuleType, case: Any) -> int:
+    """The peak of live bytes in an evaluation after a step."""
+    request = benchmark._request(case)
+    with LiveBytes() as meter:
+        engine = build_engine(request.config, world=world, device=torch.device("cpu"))
+        model = engine.construct(
+            lambda: benchmark._make_model(case), lambda: benchmark._make_skeleton(case)
+        )
+        model = engine.prepare(model, benchmark._make_optimizer(model))
+        for batch in (2, 8):
+            ids = torch.randint(0, 512, (batch, case.sequence))
+            gc.collect()
+            meter.peak = meter.live
+            with nullcontext() if batch == 2 else torch.no_grad(), engine.autocast():
+                loss = model(input_ids=ids, labels=ids).loss
+            if batch == 2:
+                engine.backward(loss)
+                engine.step(1.0)
+                engine.zero_grad()
+    engine.close()
+    return meter.peak
+
+
+@pytest.mark.parametrize(
+    ("engine", "ranks", "more"),
+    [
+        ("single", 1, {}),
+        ("single", 1, {"dtype": "bf16"}),
+        ("fsdp", 2, {"dtype": "bf16"}),
+        ("zero2", 2, {"dtype": "bf16"}),
+        ("zero3", 2, {}),
+    ],
+)
+def test_the_formula_of_an_evaluation_is_near(
+    benchmark: ModuleType, engine: str, ranks: int, more: dict[str, Any]
+) -> None:
+    case = _case(benchmark, engine, ranks, sequence=128, **more)
+
+    counted = run_ranks(ranks, _evaluated, benchmark, case)[0]
+    request = dataclasses.replace(benchmark._request(case), evaluates=True)
+    plan = benchmark.estimate.estimate(request)
+
+    assert plan.moments[-1].name == "evaluation"
+    assert plan.lasting + plan.moments[-1].total == pytest.approx(counted, rel=0.25)
 
 
 @pytest.mark.slow
