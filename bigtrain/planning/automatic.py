@@ -9,6 +9,7 @@ from typing import TypeAlias
 from bigtrain.errors import ConfigError
 from bigtrain.memory.discovery import Model
 from bigtrain.memory.estimate import MemoryPlan, estimate
+from bigtrain.memory.timeline import EVALUATION
 from bigtrain.plan import RunPlan
 from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.planning.engine_choice import Candidate, candidates, choose
@@ -47,8 +48,15 @@ def plan_on_the_fastest(
         return next(usual, first)
     chosen = plans[choice.candidate]
     options = {f"engine.{key}": "auto" for key, _ in choice.candidate.options}
-    origins = {**chosen.origins, **options, "engine.name": choice.why}
+    why = choice.why + _advice(_memory(chosen, model))
+    origins = {**chosen.origins, **options, "engine.name": why}
     return dataclasses.replace(chosen, origins=origins)
+
+
+def _advice(memory: MemoryPlan | None) -> str:
+    if memory is None or memory.peak_moment.name != EVALUATION:
+        return ""
+    return "; most of it in the evaluation: see training.per_device_eval_batch_size"
 
 
 def side_by_side(

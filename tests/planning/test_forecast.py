@@ -82,6 +82,17 @@ def test_every_ready_config_is_planned_and_fits(
     assert '"auto"' not in json.dumps(dataclasses.asdict(plan.engine))
 
 
+def test_an_evaluation_that_decides_on_the_engine_is_named(tmp_path: Path) -> None:
+    target = str(share_root() / "configs" / "llama3-8b.yaml")
+
+    plan = _plan(target, "training.per_device_eval_batch_size=4", folder=tmp_path)
+
+    assert plan.engine.name == "zero2"
+    assert plan.origins["engine.name"].endswith(
+        "; most of it in the evaluation: see training.per_device_eval_batch_size"
+    )
+
+
 def _way(plan: RunPlan) -> Candidate:
     said = dataclasses.asdict(plan.options)
     options = tuple((key, value) for key, value in said.items() if value is not None)
