@@ -62,7 +62,7 @@ def test_a_run_that_no_engine_can_fit_is_refused_and_one_that_is_told_to_starts(
 
 
 def test_an_evaluation_that_needs_more_than_training_is_named(launch: Launch) -> None:
-    said = ("engine=fsdp", "model.config.vocab_size=64000", "data.eval_split=0.1")
+    said = ("engine=fsdp", "model.config.vocab_size=32000", "data.eval_split=0.1")
     said += ("training.per_device_eval_batch_size=32", "training.gradient_checkpointing=true")
     request = dataclasses.replace(launch.request, overrides=tuple(map(parse_assignment, said)))
     large = dataclasses.replace(launch, request=request)
