@@ -6,6 +6,7 @@ takes long to import is imported inside the commands, so that `--help` answers a
 
 from __future__ import annotations
 
+import gc
 import os
 import shlex
 import sys
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 _WRONG_USE = 2
 """The exit code for a command line that can't be understood."""
+_OBJECTS_UNTIL_COLLECTED = 50_000
+"""Nearly all that imports make stays: looking for garbage all the time slows every command."""
 _ENGINES = "auto, single, ddp, fsdp, zero1, zero2 or zero3"
 
 app = typer.Typer(
@@ -90,6 +93,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs."
 
 def main() -> NoReturn:
     """Run the command line and leave with its exit code."""
+    gc.set_threshold(_OBJECTS_UNTIL_COLLECTED)
     try:
         sys.exit(app(prog_name="bigtrain"))
     except SystemExit as end:

@@ -11,6 +11,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,6 +24,16 @@ from bigtrain.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Signature, and the lengths of name and extra field; the payload follows those two."""
+_NO_ZIP = (
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Python's zipfile raises over damaged files."""
 
 
 _ENCRYPTED = 1
@@ -59,7 +70,7 @@ class Archive:
     def read(self) -> Any:
         """The saved object, with a `TensorRef` for every tensor and stubs for foreign classes."""
         with self._opened() as (zipped, stream):
-            records = _records(zipped)
+            records, places = _records(zipped), _Places(self.path, self._offset, zipped, stream)
             if "data.pkl" not in records:
                 raise CheckpointError(f"{self.path}: not a file of torch.save (it has no data.pkl)")
             return read_pickle(
@@ -73,13 +84,16 @@ class Archive:
                         *args
                     ),
                 },
-                persistent=lambda pid: self._storage(pid, records, stream),
+                persistent=lambda pid: self._storage(pid, records, places),
             )
 
     def first_damaged(self) -> str | None:
         """The first record whose CRC-32 is wrong; None when all are right."""
         with self._opened() as (zipped, _):
-            return zipped.testzip()
+            try:
+                return zipped.testzip()
+            except _NO_ZIP as fault:
+                raise CheckpointError(f"{self.path}: is damaged ({fault})") from fault
 
     def _content(self, zipped: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
         if record.compress_type or record.flag_bits & _ENCRYPTED:
@@ -87,7 +101,7 @@ class Archive:
             raise CheckpointError(f"{self.path}: is {how}, which torch.save never does")
         try:
             return zipped.read(record)
-        except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as fault:
+        except _NO_ZIP as fault:
             raise CheckpointError(f"{self.path}: is damaged ({fault})") from fault
 
     def checksums(self) -> list[tuple[int, int, int | None]]:
@@ -96,12 +110,12 @@ class Archive:
         The CRC is None where torch was told not to compute any (`set_crc32_options(False)`).
         """
         with self._opened() as (zipped, stream):
-            infos = zipped.infolist()
+            infos, places = zipped.infolist(), _Places(self.path, self._offset, zipped, stream)
             are_stored = any(info.CRC for info in infos)
             found = []
             for name, info in _records(zipped).items():
                 if name.startswith("data/"):
-                    start = self._payload_offset(info, stream)
+                    start = places.payload_offset(info)
                     stop = start + info.file_size
                     found.append((start, stop, info.CRC if are_stored else None))
             return found
@@ -112,7 +126,7 @@ class Archive:
             section = _Section(file.fileno(), self._offset, self._length)
             try:
                 zipped = zipfile.ZipFile(section)
-            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as fault:
+            except _NO_ZIP as fault:
                 raise CheckpointError(
                     f"{self.path}: no whole torch.save zip at byte {self._offset} ({fault}); "
                     "the file is cut off or damaged"
@@ -120,7 +134,7 @@ class Archive:
             with zipped:
                 yield zipped, section
 
-    def _storage(self, pid: Any, records: dict[str, zipfile.ZipInfo], stream: _Section) -> _Storage:
+    def _storage(self, pid: Any, records: dict[str, zipfile.ZipInfo], places: _Places) -> _Storage:
         try:
             tag, storage_type, key, _, numel = pid
             record = records["data/" + key]
@@ -135,15 +149,29 @@ class Archive:
                 f"{self.path}: storage {key} is {record.file_size} bytes, not the {nbytes} that "
                 "its tensors need"
             )
-        return _Storage(self._payload_offset(record, stream), nbytes, dtype)
+        return _Storage(places.payload_offset(record), nbytes, dtype)
 
-    def _payload_offset(self, record: zipfile.ZipInfo, stream: _Section) -> int:
-        stream.seek(record.header_offset)
-        header = stream.read(_LOCAL_HEADER.size)
+
+class _Places:
+    """Where the payloads of a zip's records lie in the file that the zip is in."""
+
+    def __init__(self, path: Path, offset: int, zipped: zipfile.ZipFile, stream: _Section) -> None:
+        self._path, self._offset, self._stream = path, offset, stream
+        starts = sorted(info.header_offset for info in zipped.infolist())
+        self._ends = dict(zip(starts, [*starts[1:], zipped.start_dir], strict=True))
+
+    def payload_offset(self, record: zipfile.ZipInfo) -> int:
+        """CheckpointError where the record would reach into the next one."""
+        self._stream.seek(record.header_offset)
+        header = self._stream.read(_LOCAL_HEADER.size).ljust(_LOCAL_HEADER.size)
         signature, name_length, extra_length = _LOCAL_HEADER.unpack(header)
-        if signature != b"PK\x03\x04":
-            raise CheckpointError(f"{self.path}: no record at byte {record.header_offset}")
         within = record.header_offset + _LOCAL_HEADER.size + int(name_length) + int(extra_length)
+        is_inside = within + record.file_size <= self._ends[record.header_offset]
+        if signature != b"PK\x03\x04" or not is_inside:
+            raise CheckpointError(
+                f"{self._path}: no whole record at byte {self._offset + record.header_offset}; the "
+                "file is damaged"
+            )
         return self._offset + within
 
 

@@ -178,9 +178,8 @@ class Staging:
                 f"{self.path} is whole, but can't be named {self.output}: {fault.strerror}"
             ) from fault
         self._is_committed = True
-        with suppress(OSError):  # a line too many in the directory harms nobody
+        with suppress(OSError):  # a file too many in the directory harms nobody
             (self.output / _JOURNAL).unlink()
-            sync_directory(self.output)
         self.close()
 
     def discard(self) -> None:

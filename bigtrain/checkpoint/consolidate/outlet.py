@@ -15,6 +15,9 @@ from pathlib import Path
 ALIGNMENT = 4096
 """Bytes: of places, lengths and addresses of what is written directly, on every disk."""
 
+_WORTH_BYTES = 8 << 20
+"""Less is written before it matters."""
+
 
 def aligned_buffer(nbytes: int) -> memoryview:
     """Zeros, from the beginning of a page on."""
@@ -37,6 +40,18 @@ class Outlet:
         self.fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._direct = _open_direct(path)
         self._is_direct = self._direct is not None
+
+    def begin(self, start: int, stop: int) -> None:
+        """Cut the file off at `start`, and have room up to `stop` set apart where that is possible.
+
+        A file that grows is written by one thread at a time (ext4, xfs); into room that is there
+        already, several write at once.
+        """
+        os.truncate(self.fd, start)
+        try:
+            _set_apart(self.fd, start, stop)
+        except OSError:  # too little room, which whoever writes there is told
+            os.truncate(self.fd, start)
 
     def write(self, data: memoryview, offset: int) -> None:
         """All of `data`, from `offset` on; on the disk after the next sync."""
@@ -68,6 +83,25 @@ class Outlet:
                 self._is_direct = False  # the filesystem took the flag, but wants other alignment
                 break
         return done
+
+
+def _set_apart(fd: int, start: int, stop: int) -> None:
+    """Where a filesystem can't, the C library writes zeros everywhere: slow, and for nothing.
+
+    So the last page is tried first: room that was only set apart holds no data.
+    """
+    if not hasattr(os, "posix_fallocate") or stop - start < _WORTH_BYTES:  # macOS has none
+        return
+    last = stop // ALIGNMENT * ALIGNMENT - ALIGNMENT
+    os.posix_fallocate(fd, last, ALIGNMENT)
+    try:
+        os.lseek(fd, last, os.SEEK_DATA)
+    except OSError as fault:
+        if fault.errno != errno.ENXIO:
+            raise
+        os.posix_fallocate(fd, start, stop - start)
+    else:
+        os.truncate(fd, start)
 
 
 def _open_direct(path: Path) -> int | None:

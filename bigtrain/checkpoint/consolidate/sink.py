@@ -1,7 +1,7 @@
 """Bytes on their way to a file, through threads that check, write and sync them.
 
 The worker fills buffers. Meanwhile the checker does what was noted of the ones before (checksums)
-and hashes them, two writers keep the disk busy with those before them, and the syncer has them on
+and hashes them, three writers keep the disk busy with those before them, and the syncer has them on
 the disk for good, so that the last sync has little left to do.
 """
 
@@ -19,7 +19,7 @@ from bigtrain.checkpoint.consolidate.outlet import ALIGNMENT, Outlet, aligned_bu
 BUFFER_BYTES = 1 << 20
 """Larger ones leave the processor's cache and are slower."""
 _BUFFERS = 8
-_WRITERS = 2
+_WRITERS = 3
 _SYNC_BYTES = 256 << 20
 
 

@@ -115,7 +115,7 @@ class Copier:
                 tail = frame.tail(number, crcs[number])
                 offset = frame.offsets[number] + tensor.nbytes + len(tail)
                 self.done_bytes += tensor.nbytes
-            os.truncate(outlet.fd, offset)
+            outlet.begin(offset, frame.nbytes)
             with Sink(outlet, offset=offset, digest=whole, on_synced=journal.synced) as sink:
                 for number, tensor in enumerate(file.tensors[len(finished) :], len(finished)):
                     sink.put(frame.lead(number))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,27 @@ def test_metadata_of_dcp_that_can_not_be_is_refused(
     with pytest.raises(CheckpointError, match=message):
         consolidate(source, tmp_path / "out", trust_times=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_no_flipped_bit_in_a_records_header_moves_what_is_read(tmp_path: Path) -> None:
+    """A header's lengths say where its payload begins: they may lead into another one's."""
+    source = edited(tmp_path / "in", lambda _metadata: None)
+    path = source / "__0_0.distcp"
+    content = path.read_bytes()
+    consolidate(source, tmp_path / "whole", trust_times=True)
+    expected = (tmp_path / "whole" / "model.safetensors").read_bytes()
+    headers = [match.start() for match in re.finditer(b"PK\x03\x04", content)]
+    lengths = [at + byte for at in headers for byte in (26, 27, 28, 29)]
+    refused = 0
+    for number, (place, bit) in enumerate(product(lengths, range(8))):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        path.write_bytes(flipped)
+        out = tmp_path / f"out-{number}"
+        try:
+            consolidate(source, out, trust_times=True)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert (out / "model.safetensors").read_bytes() == expected, (place, bit)
+    assert refused > len(lengths)

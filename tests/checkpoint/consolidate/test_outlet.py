@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import threading
@@ -70,3 +71,62 @@ def test_a_write_that_fails_ends_the_sink_and_all_its_threads(tmp_path: Path) ->
             sink.put(bytes(BUFFER_BYTES))
     outlet.close()
     assert threading.active_count() == before
+
+
+def started(tmp_path: Path, start: int, stop: int) -> Path:
+    """A file that held more than what it is to be continued from."""
+    path = tmp_path / "file"
+    path.write_bytes(b"a" * (stop + 100))
+    outlet = Outlet(path)
+    outlet.begin(start, stop)
+    outlet.close()
+    return path
+
+
+@pytest.mark.parametrize("start", [0, 8, ALIGNMENT, 3 * ALIGNMENT + 17])
+@pytest.mark.parametrize("stop", [0, 17, 9 << 20])
+def test_what_was_written_stays_and_nothing_behind_it(
+    start: int, stop: int, tmp_path: Path
+) -> None:
+    stop += start
+    content = started(tmp_path, start, stop).read_bytes()
+    assert content in (b"a" * start, b"a" * start + bytes(stop - start))
+
+
+def test_room_is_set_apart_without_writing_to_it(tmp_path: Path) -> None:
+    path = started(tmp_path, 17, 9 << 20)
+    if path.stat().st_size == 17:
+        pytest.skip("this filesystem sets no room apart")
+    assert path.stat().st_blocks * 512 >= (9 << 20) - ALIGNMENT
+    with path.open("rb") as file, pytest.raises(OSError, match="No such device or address"):
+        os.lseek(file.fileno(), 4 << 20, os.SEEK_DATA)
+
+
+def test_where_the_c_library_would_write_zeros_it_does_so_to_one_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def emulated(fd: int, offset: int, nbytes: int) -> None:
+        asked.append(nbytes)
+        os.pwrite(fd, bytes(nbytes), offset)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    assert started(tmp_path, 17, 9 << 20).read_bytes() == b"a" * 17
+    assert asked == [ALIGNMENT]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_too_little_room_is_left_to_those_who_write(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, asked = os.posix_fallocate, []
+
+    def full(fd: int, offset: int, nbytes: int) -> None:
+        asked.append(nbytes)
+        if len(asked) == number:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert started(tmp_path, 17, 9 << 20).read_bytes() == b"a" * 17
