@@ -57,7 +57,8 @@ def latest_step(directory: Path) -> str | None:
         name = (directory / "latest").read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
         return None
-    return name if name not in ("", "..") and Path(name).name == name else None
+    is_beside = name not in ("", "..") and Path(name).name == name and "\0" not in name
+    return name if is_beside else None
 
 
 def read_saved(directory: Path) -> Saved:
