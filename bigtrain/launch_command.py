@@ -30,6 +30,7 @@ from bigtrain.cluster import environment as rank_environment
 from bigtrain.cluster import local, nodes
 from bigtrain.cluster.rendezvous import RefusedError, Seat
 from bigtrain.cluster.rendezvous_address import interface_towards, is_own
+from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.cluster_flags import ClusterFlags
 from bigtrain.console import open_console
 from bigtrain.errors import BigtrainError, ConfigError, LaunchError, UnsupportedError
@@ -124,7 +125,7 @@ def run(launch: Launch) -> int:
 
 
 def _here(launch: Launch) -> int:
-    made = launch.plan(*launch.nodes())
+    made = _resumed(launch.plan(*launch.nodes()), launch.environment)
     if launch.dry_run:
         return _show(made, [*local.describe(made), *_on_each_node(made, launch)], launch)
     path = plan_path(made)
@@ -136,7 +137,7 @@ def _here(launch: Launch) -> int:
     console = open_console(as_json=launch.as_json)
     why = made.origins.get("engine.name", "")
     console.say(f"engine {made.engine.name}{f' ({why})' if 'auto' in why else ''}, plan {path}")
-    return local.launch(made, path, console=console)
+    return local.launch(made, path, console=console, read_limit=_limit_of_job(launch.environment))
 
 
 def _require_fit(made: RunPlan, launch: Launch, *nodes: Override) -> None:
@@ -235,8 +236,8 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, of_job: bool) ->
             raise
         raise LaunchError(f"{seat.host}: {error}") from None
     environment = launch.environment
-    if of_job and identity.restart_count(environment):
-        made = dataclasses.replace(made, resume="auto")
+    if of_job:
+        made = _resumed(made, environment)
     if launch.dry_run:
         return _show(made, local.describe(made, node_rank=seat.node_rank), launch)
     seat = dataclasses.replace(
@@ -251,10 +252,22 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, of_job: bool) ->
             console=console,
             inherited=environment,
             record=Progress(made, environment=environment).judge if of_job else nodes.as_it_is,
-            read_limit=functools.partial(time_limit.of_job, environment) if of_job else None,
+            read_limit=_limit_of_job(environment) if of_job else None,
         )
     except RefusedError as error:
         return error.exit_code  # the first node has said why
+
+
+def _resumed(plan: RunPlan, environment: Mapping[str, str]) -> RunPlan:
+    """The plan of a job's new start: it goes on from where the one before has saved."""
+    is_again = identity.restart_count(environment) > 0
+    return dataclasses.replace(plan, resume="auto") if is_again else plan
+
+
+def _limit_of_job(environment: Mapping[str, str]) -> Callable[[], TimeLimit | None] | None:
+    """What tells the time limit of the job around this process; None where there is no job."""
+    in_job = "SLURM_JOB_ID" in environment
+    return functools.partial(time_limit.of_job, environment) if in_job else None
 
 
 def _endpoint(text: str) -> tuple[str, int]:

@@ -26,6 +26,7 @@ from transformers import default_data_collator
 from bigtrain import rank_logging
 from bigtrain.checkpoint.agreement import attempt
 from bigtrain.cluster.environment import LOG_DIR_VARIABLE, flight_recorder
+from bigtrain.cluster.rendezvous import RefusedError
 from bigtrain.data.dataset import PadBatch
 from bigtrain.data.prepare import PreparedData, prepare
 from bigtrain.device import choose_device
@@ -94,8 +95,10 @@ def run(plan: RunPlan, *, world: RankInfo, is_own: bool = False) -> None:
         meeting = _meet(plan, world)
         process_group.join(world, device=device, timeout_s=parts.args.ddp_timeout)
     if is_own:
+        from bigtrain.own_agreement import agree
         from bigtrain.own_plan import record
 
+        agree(plan, world=world)
         os.environ[PLAN_VARIABLE] = str(record(plan, world=world))
     engine = build_engine(plan.engine, world=world, device=device)
     trainer = _make_trainer(parts, engine)
@@ -265,6 +268,8 @@ def _command() -> int:
     """As `main`, for a rank without an agent: a user's mistake ends in its message alone."""
     try:
         return main()
+    except RefusedError as error:
+        return error.exit_code  # rank 0 has said why
     except BigtrainError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code

@@ -104,7 +104,7 @@ def _as_job(folder: Path, *words: str, memory_mib: int) -> subprocess.CompletedP
     """Submitted with programs of Slurm's shape; nodes of `memory_mib` in the default partition."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    memory, shape = f"usual*|{memory_mib}", "usual*|64|(null)"
+    memory, shape = f"usual*|{memory_mib}", "usual*|9|64|(null)"
     texts = {
         "sinfo": f"case \"$*\" in *%m*) echo '{memory}';; *) echo '{shape}';; esac",
         "sbatch": 'touch "$HOME/submitted"; echo 7',

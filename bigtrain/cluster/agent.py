@@ -9,11 +9,11 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.cluster import ending, environment, failure, linux
+from bigtrain.cluster import ending, environment, failure, linux, time_limit
 from bigtrain.cluster.agent_log import AgentLog
 from bigtrain.cluster.environment import Place
 from bigtrain.cluster.follow import LogFollower
@@ -27,6 +27,7 @@ from bigtrain.cluster.supervisor import (
     Outcome,
     Supervisor,
 )
+from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.console import Console, Event
 from bigtrain.errors import LaunchError
 from bigtrain.plan import RunPlan
@@ -49,12 +50,15 @@ class Agent:
         inherited: Mapping[str, str],
         host: str,
         node_rank: int = 0,
+        read_limit: Callable[[], TimeLimit | None] | None = None,
     ) -> None:
+        """`read_limit` tells when the run has to be gone, where nobody else gives notice of it."""
         self._plan = plan
         self._plan_path = plan_path
         self._console = console
         self._host = host
         self._node_rank = node_rank
+        self._read_limit = read_limit
         self._logs = NodeLogs.of(
             output_dir=plan.output_dir, attempt=plan.attempt, node_rank=node_rank, host=host
         )
@@ -157,9 +161,24 @@ class Agent:
                 is_futile=self._is_futile,
                 stop_grace_s=self._stop_grace_s,
             )
-            outcome = supervisor.watch()
+            with self._watch_on_limit():
+                outcome = supervisor.watch()
         server.forget_children()
         return outcome
+
+    def _watch_on_limit(self) -> contextlib.AbstractContextManager[None]:
+        if self._read_limit is None:
+            return contextlib.nullcontext()
+
+        def notify(why: str) -> None:
+            self._say(why)
+            self._give_notice()
+
+        return time_limit.watched(self._read_limit, Path(self._plan.output_dir), notify=notify)
+
+    def _give_notice(self) -> None:
+        """Called in another thread; as if Slurm itself had sent its notice."""
+        os.kill(os.getpid(), signal.SIGUSR2)
 
     def _is_futile(self) -> bool:
         """Whether what these ranks do has lost its point: never, on one machine."""

@@ -6,23 +6,31 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bigtrain.cluster import ending, environment
 from bigtrain.cluster.agent import Agent
 from bigtrain.cluster.environment import Place
 from bigtrain.cluster.layout import NodeLogs
+from bigtrain.cluster.time_limit import TimeLimit
 from bigtrain.console import Console
 from bigtrain.errors import LaunchError, UnsupportedError
 from bigtrain.plan import RunPlan
 
 
-def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
+def launch(
+    plan: RunPlan,
+    plan_path: Path,
+    *,
+    console: Console,
+    read_limit: Callable[[], TimeLimit | None] | None = None,
+) -> int:
     """Run all ranks of `plan` here; returns the exit code when none of them is left.
 
-    The console has been told of failures of ranks by then. Call it in the main thread of a
-    process that has no other children. Raises LaunchError when the ranks can't be started.
+    `read_limit` tells when the run has to be gone: it saves and leaves ahead of that. When this
+    returns, the console has been told of failures of ranks. Call it in the main thread of a process
+    that has no other children. Raises LaunchError when the ranks can't be started.
     """
     _check_platform(plan)
     _check_places(plan)
@@ -33,6 +41,7 @@ def launch(plan: RunPlan, plan_path: Path, *, console: Console) -> int:
         console=console,
         inherited=os.environ,
         host=platform.node(),
+        read_limit=read_limit,
     )
     try:
         exit_code = agent.run()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bigtrain.cluster import failure, time_limit
+from bigtrain.cluster import failure
 from bigtrain.cluster.agent import Agent, _end_store
 from bigtrain.cluster.environment import Place
 from bigtrain.cluster.fork_client import ForkServer
@@ -29,8 +29,9 @@ from bigtrain.plan import RunPlan
 class NodeAgent(Agent):
     """Runs this node's ranks of one attempt, after the nodes have met, and ends when all nodes do.
 
-    `host`, `node_rank`: this node's name and place in the attempt. `read_limit` tells when the run
-    has to be gone, where nobody else gives notice of it.
+    `host`, `node_rank`: this node's name and place in the attempt. The first node looks at the
+    clock for all: ranks that are told to stop one node later than others would train on a step that
+    these no longer take.
     """
 
     def __init__(
@@ -54,17 +55,17 @@ class NodeAgent(Agent):
             inherited=inherited,
             host=host,
             node_rank=node_rank,
+            read_limit=read_limit if node_rank == 0 else None,
         )
         self._joined = joined
         self._conclude = conclude
-        self._read_limit = read_limit
         self._run_is_over = contextlib.ExitStack()
         self.verdict: Verdict | None = None
         """What the attempt as a whole ended with; None before."""
         self._over = threading.Event()
         self._told_to_end = threading.Event()
         self._lifeline = lifeline
-        lifeline.begin(on_end=self._end_ranks, on_notice=self._notify_ranks)
+        lifeline.begin(on_end=self._end_ranks, on_notice=super()._give_notice)
 
     def run(self) -> int:
         """The exit code of the attempt, the same on all nodes."""
@@ -104,8 +105,7 @@ class NodeAgent(Agent):
 
     def _run_round(self, server: ForkServer, inbox: SignalInbox, *, restarts: int) -> Outcome:
         with self._run_is_over:
-            with self._watch_on_limit():
-                outcome = super()._run_round(server, inbox, restarts=restarts)
+            outcome = super()._run_round(server, inbox, restarts=restarts)
             self._over.set()
             self.verdict = self._leave(self._ending_of(outcome))
         self._log.write(f"the run ended with exit code {self.verdict.code}")
@@ -113,17 +113,9 @@ class NodeAgent(Agent):
             self._log.write(self.verdict.cause)
         return dataclasses.replace(outcome, exit_code=self.verdict.code)
 
-    def _watch_on_limit(self) -> contextlib.AbstractContextManager[None]:
-        """The first node looks at the clock for all: ranks that are told to stop one node later
-        than others would train on a step that these no longer take."""
-        if self._node_rank != 0 or self._read_limit is None:
-            return contextlib.nullcontext()
-
-        def notify(why: str) -> None:
-            self._say(why)
-            self._lifeline.give_notice()
-
-        return time_limit.watched(self._read_limit, Path(self._plan.output_dir), notify=notify)
+    def _give_notice(self) -> None:
+        """To the ranks of all nodes."""
+        self._lifeline.give_notice()
 
     def _leave(self, ending: Ending) -> Verdict:
         return self._lifeline.leave(ending, conclude=self._conclude)
@@ -157,10 +149,6 @@ class NodeAgent(Agent):
         os.kill(os.getpid(), signal.SIGTERM)
         while not self._over.wait(FAILURE_GRACE_S):
             os.kill(os.getpid(), signal.SIGTERM)
-
-    def _notify_ranks(self) -> None:
-        """Called in another thread; as if Slurm itself had sent its notice."""
-        os.kill(os.getpid(), signal.SIGUSR2)
 
     def _is_futile(self) -> bool:
         return self._told_to_end.is_set()

@@ -207,7 +207,7 @@ def _meet(plan: RunPlan, plan_path: Path, *, seat: Seat, console: Console, again
     def facts() -> dict[str, Any]:
         return agreement.node_facts(
             plan,
-            gpus=_visible_gpus(os.environ),
+            gpus=visible_gpus(os.environ),
             cores=threads.available_cores(),
             sees_output=storage.is_there(),
         )
@@ -256,7 +256,7 @@ def ways_through(interface: str | None, *, said: Mapping[str, str]) -> dict[str,
     return {name: value for name, value in ways.items() if name not in said}
 
 
-def _visible_gpus(environment: Mapping[str, str]) -> list[str]:
+def visible_gpus(environment: Mapping[str, str]) -> list[str]:
     """Names of the NVIDIA GPUs that this task may use, as the driver tells them."""
     names = []
     for record in sorted(_GPU_RECORDS.glob("*/information")):

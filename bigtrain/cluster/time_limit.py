@@ -59,7 +59,7 @@ def watched(
     `read` tells the limit, or None where there is none; it is asked again before the notice, since
     a limit can be extended.
     """
-    is_over = threading.Event()
+    is_over, at_notice = threading.Event(), threading.Lock()
 
     def watch() -> None:
         limit = read()
@@ -69,7 +69,9 @@ def watched(
             if left <= ahead:
                 later = read()
                 if later is None or later.ends <= limit.ends:
-                    notify(f"the time limit is {max(0.0, left):.0f} s away: saving")
+                    with at_notice:
+                        if not is_over.is_set():
+                            notify(f"the time limit is {max(0.0, left):.0f} s away: saving")
                     return
                 limit = later
             elif is_over.wait(min(left - ahead, max(_LOOK_EVERY_S, (left - ahead) / 4))):
@@ -80,4 +82,5 @@ def watched(
     try:
         yield
     finally:
-        is_over.set()
+        with at_notice:  # a signal that came now would meet nobody who hears it
+            is_over.set()

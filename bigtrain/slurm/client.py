@@ -15,6 +15,9 @@ class NoAnswerError(LaunchError):
 
 _PATIENCE_S = 60.0
 """A busy controller takes seconds to answer; one that is away, for ever."""
+_UNHEARD = ("Socket timed out on send/recv", "Zero Bytes were transmitted or received")
+"""What Slurm's programs say where the request was sent and no answer came: a controller that is
+busy does what it was asked for all the same."""
 
 
 def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
@@ -36,5 +39,7 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
     if done.returncode != 0:
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         lines = [f"{command[0]} failed with exit code {done.returncode}"]
-        raise LaunchError("\n".join([*lines, *(f"  {line}" for line in said)]))
+        is_unheard = any(words in line for line in said for words in _UNHEARD)
+        kind = NoAnswerError if is_unheard else LaunchError
+        raise kind("\n".join([*lines, *(f"  {line}" for line in said)]))
     return done.stdout

@@ -85,10 +85,10 @@ def find_jobs(target: str, *, environment: Mapping[str, str]) -> list[Found]:
 def cancel(target: str, *, environment: Mapping[str, str]) -> str:
     """End a job for good; returns its number. Its ranks save first, within Slurm's KillWait.
 
-    LaunchError where `target` means several that have not ended.
+    LaunchError where `target` means none that has not ended, or several.
     """
     found = find_jobs(target, environment=environment)
-    if len(found) > 1:
+    if len(found) > 1 or found[0].cluster is None:  # the queue of another one is not asked for
         queue = _queue()
         found = [job for job in found if any(run.job_id in queue for run in job.runs)]
         if len(found) != 1:

@@ -29,6 +29,8 @@ class Partition:
     """The kinds of nodes that a job may be given: at least one."""
 
     shapes: tuple[NodeShape, ...]
+    numbers: tuple[int, ...]
+    """How many nodes of each kind there are, whatever they are doing."""
 
     @property
     def has_gpus(self) -> bool:
@@ -43,6 +45,11 @@ class Partition:
         fitting = [shape for shape in self.shapes if shape.gpus >= gpus]
         fitting = fitting or [shape for shape in self.shapes if shape.gpus] or list(self.shapes)
         return min(shape.share(gpus) for shape in fitting)
+
+    def nodes(self, gpus: int) -> int:
+        """How many of its nodes have as many GPUs."""
+        kinds = zip(self.shapes, self.numbers, strict=True)
+        return sum(number for shape, number in kinds if shape.gpus >= gpus)
 
 
 class Survey:
@@ -68,11 +75,11 @@ def partition_names() -> str:
 
 
 def _ask(partition: str | None) -> Partition | None:
-    command = ["sinfo", "--noheader", "--exact", "--format=%R|%c|%G"]
+    command = ["sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%G"]
     if partition is not None:
         command.append(f"--partition={partition}")
     else:
-        command[-1] = "--format=%P|%c|%G"
+        command[-1] = "--format=%P|%D|%c|%G"
     try:
         return read_shapes(client.call(command), default_only=partition is None)
     except LaunchError:
@@ -80,13 +87,15 @@ def _ask(partition: str | None) -> Partition | None:
 
 
 def read_shapes(text: str, *, default_only: bool) -> Partition | None:
-    """Of every line `partition|cpus|gres`; a default partition's name ends in `*`."""
-    shapes: dict[NodeShape, None] = {}
+    """Of every line `partition|nodes|cpus|gres`; a default partition's name ends in `*`."""
+    found: dict[NodeShape, int] = {}
     for line in text.splitlines():
-        name, _, rest = line.partition("|")
-        cpus, _, gres = rest.partition("|")
-        if (default_only and not name.endswith("*")) or not cpus.rstrip("+").isdigit():
+        name, number, cpus, gres = [*line.split("|", 3), "", "", ""][:4]
+        cpus = cpus.rstrip("+")
+        is_row = cpus.isdigit() and number.isdigit()
+        if not is_row or (default_only and not name.endswith("*")):
             continue
         gpus = sum(int(count) for count in _GPUS.findall(gres))
-        shapes[NodeShape(cpus=int(cpus.rstrip("+")), gpus=gpus)] = None
-    return Partition(shapes=tuple(shapes)) if shapes else None
+        shape = NodeShape(cpus=int(cpus), gpus=gpus)
+        found[shape] = found.get(shape, 0) + int(number)
+    return Partition(shapes=tuple(found), numbers=tuple(found.values())) if found else None

@@ -65,18 +65,19 @@ def submit(
     `environment` is the caller's own: the job inherits it, and secrets with it, through Slurm.
     """
     plans = _several(plans)
+    survey = survey or Survey()
     places = [plan.output_dir for plan in plans]
     cwd = Path(plans[0].working_dir)
     code = read_code_state(cwd, outputs=[Path(os.path.commonpath(places))])
     snapshot = Snapshot.of(plans[0], code) if settings.snapshot else None
     if snapshot is not None:
         plans = tuple(snapshot.moved(plan) for plan in plans)
-    request = _request(plans, settings, survey or Survey(), package_root=_moved_package(snapshot))
+    request = _request(plans, settings, survey, package_root=_moved_package(snapshot))
     text = _rendered(request)
     claimed: list[RunPlan] = []
     try:
         record, notes = _write(request, text, code=code, snapshot=snapshot, claimed=claimed)
-        notes += _jobs_in_the_way(request)
+        notes += [*_jobs_in_the_way(request), *_too_many_nodes(request, survey)]
         printed = _queue(Path(record.script), request, cwd=cwd)
     except NoAnswerError as error:  # all is left as it is: the job may be in the queue
         raise LaunchError(
@@ -206,7 +207,6 @@ def _request(
     *,
     package_root: str | None = None,
 ) -> JobRequest:
-    topology = plans[0].topology
     if plans[0].max_restarts:
         raise ConfigError(
             "max_restarts restarts ranks on one machine, and a Slurm job starts again as a whole; "
@@ -221,9 +221,7 @@ def _request(
         plans=plans,
         plan_paths=tuple(plan_path(plan) for plan in plans),
         settings=settings,
-        cpus_per_task=_share_of_cpus(
-            settings, topology.procs_per_node if plans[0].device == "cuda" else 0, survey
-        ),
+        cpus_per_task=_share_of_cpus(settings, _gpus_of_node(plans[0]), survey),
         package_root=package_root,
         last_save_s=last_save_s(Path(plans[0].output_dir)),
     )
@@ -235,6 +233,22 @@ def _share_of_cpus(settings: SlurmSettings, gpus: int, survey: Survey) -> int | 
         return None
     partition = survey.partition(settings.options.get("partition"))
     return None if partition is None else partition.cpus(gpus)
+
+
+def _gpus_of_node(plan: RunPlan) -> int:
+    return plan.topology.procs_per_node if plan.device == "cuda" else 0
+
+
+def _too_many_nodes(request: JobRequest, survey: Survey) -> list[str]:
+    """sbatch takes a job for more nodes than there are: it waits for ever."""
+    partition = survey.partition(request.settings.options.get("partition"))
+    asked = request.plan.topology.nodes + request.settings.spare_nodes
+    gpus = _gpus_of_node(request.plan)
+    if partition is None or asked <= (there := partition.nodes(gpus)):
+        return []
+    kind = f" with {gpus} GPUs or more" if gpus else ""
+    asked_for = f"the job asks for {asked} nodes"
+    return [f"{asked_for}, and its partition has {there}{kind}: it may never start"]
 
 
 def _rendered(request: JobRequest) -> str:

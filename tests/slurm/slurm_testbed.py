@@ -80,6 +80,9 @@ class Testbed:
     def address(self, node: int) -> str:
         return f"{self.subnet}.{node + 1}"
 
+    def address6(self, node: int) -> str:
+        return f"fd77::{node + 1}"
+
     def run(
         self,
         *command: str | Path,
@@ -174,6 +177,9 @@ class Testbed:
         _call(*f"ip link add {cable} type veth peer name eth0 netns {namespace}".split())
         _call("ip", "link", "set", cable, "master", self.prefix, "up")
         _call("ip", "-n", namespace, "addr", "add", f"{self.address(node)}/24", "dev", "eth0")
+        # Without the wait for another machine that may have it: there is none.
+        _call("ip", "-n", namespace, "addr", "add", f"{self.address6(node)}/64", "dev", "eth0",
+              "nodad", check=False)  # fmt: skip
         for device in ("eth0", "lo"):
             _call("ip", "-n", namespace, "link", "set", device, "up")
         (self.directory / f"spool.node{node}").mkdir()

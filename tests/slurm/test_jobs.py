@@ -93,6 +93,7 @@ def test_a_record_that_others_have_written_to_ends_no_other_job(
 
 def test_the_number_is_the_users_own_whatever_the_record_says(home: Path) -> None:
     _submitted(home, "12", job_id="99")
+    (home / "queue").write_text("12|RUNNING|1:00|None\n99|RUNNING|1:00|None\n")
     assert cancel("tiny", environment=_environment(home)) == "12"
     assert _told(home) == ["12"]
 
@@ -123,9 +124,21 @@ def test_of_several_that_run_none_is_guessed_and_of_none_it_is_said(home: Path) 
     assert _told(home) == []
 
 
+def test_a_job_that_has_ended_is_not_said_to_be_ended(home: Path) -> None:
+    _submitted(home, "12")
+    (home / "queue").write_text("13|RUNNING|1:00|None\n")
+    for target in ("12", "tiny", "runs/tiny"):
+        with pytest.raises(
+            LaunchError, match=f"no job of {target} is in the queue; all have ended"
+        ):
+            cancel(target, environment=_environment(home))
+    assert _told(home) == []
+
+
 def test_a_sweep_is_ended_as_a_whole_or_by_run(home: Path) -> None:
     runs = [["tiny/seed=1", "runs/tiny/seed=1"], ["tiny/seed=2", "runs/tiny/seed=2"]]
     _submitted(home, "12", sweep=runs, output_dir="runs/tiny/seed=1")
+    (home / "queue").write_text("12_0|RUNNING|1:00|None\n12_1|PENDING|0:00|Priority\n")
     for target in ("tiny/seed=2", "12_0", "tiny", "12"):
         cancel(target, environment=_environment(home))
     assert _told(home) == ["12_1", "12_0", "12", "12"]

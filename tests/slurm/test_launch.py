@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +239,37 @@ def test_the_notice_leaves_time_for_two_saves_as_long_as_the_last_one(folder: Pa
     done = _launch(folder, "--slurm", "--dry-run", "--set", "training.overwrite_output_dir=true")
 
     assert "--signal=USR2@600" in _options(done.stdout), done.stderr
+
+
+SQUEUE = """\
+#!/bin/bash
+echo "$(date --date='-1 hour' +%FT%T)|$(date --date='+60 seconds' +%FT%T)"
+"""
+LEAVES = """\
+import signal, sys, time
+signal.signal(signal.SIGUSR2, lambda number, frame: sys.exit(85))
+time.sleep(60)
+"""
+
+
+def test_a_run_on_one_node_of_a_job_is_told_of_the_time_limit_and_goes_on_in_the_next_start(
+    folder: Path,
+) -> None:
+    (folder / "squeue").write_text(SQUEUE)
+    (folder / "squeue").chmod(0o755)
+    (folder / "train.py").write_text(LEAVES)
+    job = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    command = ("launch", "train.py", "--procs-per-node", "1", "--resume", "never")
+    done = subprocess.run(
+        [sys.executable, "-m", "bigtrain", *command],
+        cwd=folder,
+        env={"HOME": str(folder), **job},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 85, done.stderr
+    assert re.search(r"the time limit is \d+ s away: saving\n", done.stderr), done.stderr
+    (plan,) = (folder / "runs" / "train" / "plans").iterdir()
+    assert json.loads(plan.read_text())["resume"] == "auto"

@@ -3,9 +3,10 @@ from __future__ import annotations
 from bigtrain.slurm.partition import NodeShape, read_shapes
 
 MIXED = """\
-gpu|64|(null)
-gpu|64+|gpu:a100:8(S:0-1),nvme:1
-gpu|32|gpu:4
+gpu|10|64|(null)
+gpu|3|64+|gpu:a100:8(S:0-1),nvme:1
+gpu|2|32|gpu:4
+gpu|1|32|gpu:4
 """
 
 
@@ -18,10 +19,11 @@ def test_a_job_for_gpus_gets_the_nodes_that_have_them() -> None:
     assert found.cpus(2) == 16
     assert found.cpus(0) == 32
     assert found.cpus(16) == 32  # none has as many, which sbatch will say
+    assert [found.nodes(gpus) for gpus in (0, 4, 5, 16)] == [16, 6, 3, 0]
 
 
 def test_a_partition_without_gpus_has_none() -> None:
-    found = read_shapes("debug*|8|(null)\nother|4|gpu:1\n", default_only=True)
+    found = read_shapes("debug*|1|8|(null)\nother|1|4|gpu:1\n", default_only=True)
     assert found is not None
     assert found.shapes == (NodeShape(cpus=8, gpus=0),)
     assert not found.has_gpus
@@ -30,4 +32,4 @@ def test_a_partition_without_gpus_has_none() -> None:
 def test_what_is_no_row_is_passed_over() -> None:
     assert read_shapes("", default_only=False) is None
     assert read_shapes("sinfo: hello\n", default_only=False) is None
-    assert read_shapes("gpu|8|gpu:2\n", default_only=True) is None
+    assert read_shapes("gpu|1|8|gpu:2\n", default_only=True) is None

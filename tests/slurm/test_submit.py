@@ -165,8 +165,14 @@ def test_a_directory_that_can_not_be_written_to_is_refused_in_words(folder: Path
     assert not (folder / "runs" / "tiny" / "plans").exists()
 
 
+UNHEARD = (
+    "echo 'sbatch: error: Batch job submission failed: Socket timed out on send/recv operation'"
+)
+
+
+@pytest.mark.parametrize("sbatch", ["exec sleep 60", f"{UNHEARD} >&2; exit 1"])
 def test_a_job_that_may_have_been_taken_keeps_its_files(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str
 ) -> None:
     from bigtrain.errors import LaunchError
     from bigtrain.planning import Request, Surroundings, make_plan
@@ -174,7 +180,7 @@ def test_a_job_that_may_have_been_taken_keeps_its_files(
     from bigtrain.slurm.settings import SlurmSettings
     from bigtrain.slurm.submit import submit
 
-    _command(folder.parent, "sbatch", "#!/bin/bash\nexec sleep 60\n")
+    _command(folder.parent, "sbatch", f"#!/bin/bash\n{sbatch}\n")
     monkeypatch.setenv("PATH", f"{folder.parent}/bin:/usr/bin:/bin")
     monkeypatch.setattr(client, "_PATIENCE_S", 0.2)
     plan = make_plan(Request(target="run.yaml"), Surroundings(environment={}, working_dir=folder))
@@ -288,6 +294,24 @@ def test_a_second_job_for_the_same_directory_is_said(folder: Path) -> None:
     assert "note:" not in _launch(folder, *again, "--sbatch", "dependency=afterany:124").stderr
     (folder.parent / "bin" / "squeue").unlink()
     assert "note:" not in _launch(folder, *again).stderr
+
+
+def test_a_job_for_more_nodes_than_there_are_is_said_to_wait(folder: Path) -> None:
+    row = """case "$*" in *%c*) echo 'debug*|3|8|gpu:1'; echo 'debug*|1|8|gpu:2';; esac"""
+    _command(folder.parent, "sinfo", f"#!/bin/bash\n{row}\n")
+
+    def notes(number: int, *more: str) -> str:
+        again = ("--set", "training.overwrite_output_dir=true", *more)
+        done = _launch(folder, "--slurm", "--nodes", str(number), *again)
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    assert notes(4) == ""
+    said = "note: the job asks for {}, and its partition has {}: it may never start\n"
+    assert notes(5) == said.format("5 nodes", "4")
+    assert notes(4, "--sbatch", "spare_nodes=1") == said.format("5 nodes", "4")
+    gpus = ("--set", "training.use_cpu=false", "--device-memory", "80GB")
+    assert notes(2, *gpus) == said.format("2 nodes", "1 with 2 GPUs or more")
 
 
 def test_a_partition_that_is_not_there_is_told_with_those_that_are(folder: Path) -> None:

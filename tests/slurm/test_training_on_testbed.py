@@ -85,6 +85,12 @@ class Run:
         logs = sorted((self.folder / "out").glob("slurm-*.out"))
         return "".join(path.read_text() for path in logs)
 
+    def alarming(self, told: str) -> list[str]:
+        """Lines of `told`, and of every file that the run has left in its logs."""
+        logs = (path.read_text() for path in (self.folder / "out" / "logs").glob("*/*/*.log"))
+        lines = "\n".join([told, *logs]).splitlines()
+        return [line for line in lines if ALARMING.search(line)]
+
     def losses(self) -> dict[int, float]:
         """Step → loss, of the attempt that logged the step last."""
         found = {}
@@ -132,12 +138,16 @@ def _closest(found: dict[int, float], expected: dict[int, float]) -> None:
         assert found[step] == pytest.approx(loss, rel=1e-6), f"step {step}"
 
 
-def test_four_nodes_train_from_one_command_without_an_alarming_line(run: Run) -> None:
-    run.submit()
+@pytest.mark.parametrize(
+    "engine",
+    ["fsdp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "zero2", "zero3"))],
+)
+def test_four_nodes_train_from_one_command_without_an_alarming_line(run: Run, engine: str) -> None:
+    run.submit("--engine", engine)
     assert run.ended("COMPLETED")["ExitCode"] == "0:0"
     text = run.text()
     told = text + run.bigtrain("logs", run.job_id).stdout
-    assert [line for line in told.splitlines() if ALARMING.search(line)] == []
+    assert run.alarming(told) == []
     assert text.startswith("4 nodes met at 10.")
     assert "step 6/6" in text
     assert (run.folder / "out" / "model.safetensors").is_file()
@@ -317,22 +327,55 @@ WORKER = ("--master-port", "29402", "-m", "bigtrain.worker", "run.yaml")
     ("command", "world"),
     [
         ((*BY_HAND, "{head}:29400", "--nodes", "2", "--node-rank", "{node}"), 2),
+        ((*BY_HAND, "[{head6}]:29404", "--nodes", "2", "--node-rank", "{node}"), 2),
         ((*BY_HAND, "{head}:29401", "--nodes", "2:4"), 2),
+        ((*BY_HAND, "[{head6}]:29405", "--nodes", "2:4"), 2),
         ((*TORCHRUN, "--node-rank", "{node}", "--master-addr", "{head}", *WORKER), 4),
     ],
-    ids=["by hand", "elastic", "torchrun"],
+    ids=["by hand", "IPv6", "elastic", "elastic, IPv6", "torchrun"],
 )
 def test_machines_without_slurm_train_together(
-    run: Run, command: tuple[str, ...], world: int
+    run: Run, command: tuple[str, ...], world: int, request: pytest.FixtureRequest
 ) -> None:
     """The testbed's nodes again, but as machines on which somebody types the command."""
+    if "IPv6" in request.node.callspec.id and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
     started = [_type_on(run, node, command) for node in range(2)]
     texts = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(texts)
+    assert run.alarming("\n".join(texts)) == []
     assert f"fsdp on {world} × cpu" in "".join(texts)
     assert (run.folder / "out" / "checkpoint-6" / "manifest.json").is_file()
     ranks = {path.name for path in (run.folder / "out").glob("logs/attempt-01/node-*/rank-*.log")}
     assert ranks == {f"rank-{rank:05d}.log" for rank in range(world)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("odd", "port", "said"),
+    [
+        ("export PYTHONPATH=$PWD/odd", 29406, "versions differ; install the same everywhere"),
+        ("mkdir -p out; mount -t tmpfs none out", 29407, "node1 can't see what node0 wrote there"),
+    ],
+    ids=["version", "storage"],
+)
+def test_nodes_of_another_launchers_ranks_are_compared_and_refused_in_one_message(
+    run: Run, odd: str, port: int, said: str
+) -> None:
+    package = run.folder / "odd" / "transformers-1.0.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 1.0\n")
+    meeting = ("--master-addr", run.bed.address(0), "--master-port", str(port))
+    started = []
+    for node in range(2):
+        rank = ("--node-rank", str(node), "-m", "bigtrain.worker", "run.yaml")
+        words = " ".join((sys.executable, *TORCHRUN, *meeting, *rank))
+        script = f"{odd if node else 'true'}; exec {words}"
+        started.append(run.bed.popen_on(node, "bash", "-c", script, cwd=run.folder))
+    texts = [process.communicate(timeout=180)[0] for process in started]
+    assert 0 not in [process.returncode for process in started]
+    assert "".join(texts).count(said) == 1, "\n".join(texts)
+    assert list((run.folder / "out").glob("checkpoint-*")) == []
 
 
 @pytest.mark.slow
@@ -381,5 +424,6 @@ def test_nodes_with_disks_of_their_own_come_back_to_them_and_miss_one_by_name(ru
 
 
 def _type_on(run: Run, node: int, command: tuple[str, ...]) -> subprocess.Popen[str]:
-    words = [word.format(head=run.bed.address(0), node=node) for word in command]
+    places = {"head": run.bed.address(0), "head6": run.bed.address6(0)}
+    words = [word.format(node=node, **places) for word in command]
     return run.bed.popen_on(node, sys.executable, *words, cwd=run.folder)
