@@ -43,10 +43,12 @@ def set_up(world: RankInfo, *, has_agent: bool) -> None:
     logger.propagate = False
     shown = logging.INFO if has_agent or world.is_main else logging.WARNING
     _add(logger, _stream_handler(world, level=shown, has_agent=has_agent))
+    _ignore_deprecations()
     if has_agent:
         _add(logger, EventHandler(is_main=world.is_main))
     else:
-        _hush()
+        for name in _QUIET:
+            logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def keep(path: Path) -> None:
@@ -71,10 +73,8 @@ def _stream_handler(world: RankInfo, *, level: int, has_agent: bool) -> logging.
     return handler
 
 
-def _hush() -> None:
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING)
-    # Raised inside these libraries about each other's calls.
+def _ignore_deprecations() -> None:
+    """Those that these libraries raise about each other's calls."""
     for module in ("torch", "transformers", "deepspeed", "accelerate"):
         warnings.filterwarnings("ignore", category=FutureWarning, module=module)
         warnings.filterwarnings("ignore", category=DeprecationWarning, module=module)
