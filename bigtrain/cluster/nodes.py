@@ -14,6 +14,7 @@ import hashlib
 import os
 import signal
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -74,8 +75,8 @@ def launch(
         try:
             joined = _meet(plan, plan_path, seat=seat, console=console, again=again)
             run = _NodeRun(
-                plan,
-                plan_path,
+                plan=plan,
+                plan_path=plan_path,
                 seat=seat,
                 joined=joined,
                 console=console,
@@ -93,34 +94,26 @@ def launch(
         return run.run()
 
 
+@dataclass(kw_only=True)
 class _NodeRun:
     """This node's share of a run whose nodes have met: of one attempt, and of another for as long
-    as spare nodes make up for those that are lost."""
+    as spare nodes make up for those that are lost. The fields are the arguments of `launch`."""
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        plan_path: Path,
-        *,
-        seat: Seat,
-        joined: Joined,
-        console: Console,
-        inherited: Mapping[str, str],
-        record: Callable[[Verdict], Verdict],
-        read_limit: Callable[[], TimeLimit | None] | None,
-    ) -> None:
-        self._plan = plan
-        self._plan_path = plan_path
-        self._seat = seat
-        self._joined = joined
-        self._console = console
-        self._inherited = inherited
-        self._record = record
-        self._read_limit = read_limit
-        self._attempt = Attempt.from_message(joined.decision)
+    plan: RunPlan
+    plan_path: Path
+    seat: Seat
+    joined: Joined
+    console: Console
+    inherited: Mapping[str, str]
+    record: Callable[[Verdict], Verdict]
+    read_limit: Callable[[], TimeLimit | None] | None
+
+    def __post_init__(self) -> None:
+        self._attempt = Attempt.from_message(self.joined.decision)
         self._saved: str | None = None
+        grace_s = float(self.plan.stop_grace_s or 0)
         self.lifeline = Lifeline(
-            seat, joined, places=self._attempt.places, grace_s=float(plan.stop_grace_s or 0)
+            self.seat, self.joined, places=self._attempt.places, grace_s=grace_s
         )
 
     def run(self) -> int:
@@ -131,30 +124,30 @@ class _NodeRun:
                 self._attempt = Attempt.from_message(verdict.successor)
                 verdict = self._take_part()
             if self.lifeline.has_lost_head:
-                verdict = self._record(verdict)
+                verdict = self.record(verdict)
         finally:
             self.lifeline.close()
-            if self._joined.listener is not None:
-                self._joined.listener.close()
+            if self.joined.listener is not None:
+                self.joined.listener.close()
         self._finish(verdict)
         return verdict.code
 
     def _take_part(self) -> Verdict:
-        if self._seat.node_rank not in self._attempt.places:
+        if self.seat.node_rank not in self._attempt.places:
             return self.lifeline.stand_by()
-        plan, path = self._attempt.plan_of(self._plan, self._plan_path)
-        is_first = self._seat.node_rank == 0
+        plan, path = self._attempt.plan_of(self.plan, self.plan_path)
+        is_first = self.seat.node_rank == 0
         agent = NodeAgent(
-            _at_this_node(plan, self._joined, self._inherited),
+            _at_this_node(plan, self.joined, self.inherited),
             plan_path=path,
-            console=self._console if is_first else _OtherNodesConsole(self._console),
-            inherited=self._inherited,
-            host=self._seat.host,
-            node_rank=self._attempt.places.index(self._seat.node_rank),
-            joined=self._joined,
+            console=self.console if is_first else _OtherNodesConsole(self.console),
+            inherited=self.inherited,
+            host=self.seat.host,
+            node_rank=self._attempt.places.index(self.seat.node_rank),
+            joined=self.joined,
             lifeline=self.lifeline,
             conclude=self._conclude,
-            read_limit=self._read_limit,
+            read_limit=self.read_limit,
         )
         agent.run()
         self._saved = agent.saved or self._saved
@@ -165,19 +158,19 @@ class _NodeRun:
         """On the first node: whether a spare one takes the place of what was lost."""
         places = attempts.with_spares(self._attempt.places, alive) if verdict.lost else None
         if places is None:
-            return self._record(verdict)
-        new = [self._seat.name_of(node) for node in places if node not in self._attempt.places]
-        self._console.say(str(verdict.cause))
-        self._console.say(f"going on without {', '.join(verdict.lost)}, with {', '.join(new)}")
-        following = attempts.claim(self._plan, self._plan_path, again=True, places=places)
+            return self.record(verdict)
+        new = [self.seat.name_of(node) for node in places if node not in self._attempt.places]
+        self.console.say(str(verdict.cause))
+        self.console.say(f"going on without {', '.join(verdict.lost)}, with {', '.join(new)}")
+        following = attempts.claim(self.plan, self.plan_path, again=True, places=places)
         return dataclasses.replace(verdict, successor=dataclasses.asdict(following))
 
     def _finish(self, verdict: Verdict) -> None:
-        if self._seat.node_rank == 0 or self.lifeline.has_lost_head:
-            plan, _ = self._attempt.plan_of(self._plan, self._plan_path)
-            _tell(verdict, self._console)
-            self._console.end(ending.summary(plan, exit_code=verdict.code, saved=self._saved))
-            self._console.close()
+        if self.seat.node_rank == 0 or self.lifeline.has_lost_head:
+            plan, _ = self._attempt.plan_of(self.plan, self.plan_path)
+            _tell(verdict, self.console)
+            self.console.end(ending.summary(plan, exit_code=verdict.code, saved=self._saved))
+            self.console.close()
 
 
 def describe_meeting(joined: Joined, *, needed: int) -> str:
