@@ -56,7 +56,7 @@ _RUN_FILE = """\
 name: submitted
 output_dir: {output_dir}
 model:
-  config: {{model_type: llama, hidden_size: 64}}
+  config: {{model_type: llama, hidden_size: 64, num_hidden_layers: 2}}
 tokenizer: {{kind: bytes}}
 data: {{name: builtin:python-docs, sequence_length: 128}}
 engine: fsdp

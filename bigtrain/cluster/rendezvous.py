@@ -251,12 +251,20 @@ class _Guest:
     def _try(
         self, addresses: Sequence[str], patience: float
     ) -> tuple[socket.socket, LineReader, list[str]] | None:
-        """All places at once: one that swallows what is sent to it holds up no other."""
+        """At the port where the first node nearly always is; then at all places at once: one that
+        swallows what is sent to it holds up no other."""
         places = [(address, port) for port in self._seat.ports for address in addresses]
-        places.sort(key=lambda place: place in self._silent)
+        likely = [place for place in places[: len(addresses)] if place not in self._silent]
+        found = self._try_places(likely, _ANOTHER_KNOCK_S)
+        return self._try_places(places, patience) if found is None else found
+
+    def _try_places(
+        self, places: Sequence[Place], patience: float
+    ) -> tuple[socket.socket, LineReader, list[str]] | None:
         opened = _knock(places, patience, enough=lambda place: place not in self._silent)
         try:
-            for place in [place for place in places if place in opened]:
+            answered = [place for place in places if place in opened]
+            for place in sorted(answered, key=lambda place: place in self._silent):
                 with contextlib.suppress(OSError, ValueError, KeyError):
                     reader, listening = _prove(opened[place], self._seat.token)
                     return opened.pop(place), reader, listening
