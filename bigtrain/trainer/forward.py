@@ -32,7 +32,9 @@ class Forward(Optimization):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Forward and backward of one micro-batch; the loss, detached. Override for another."""
-        if not model.training:  # asked first: setting it walks over every module
+        # Asked first, for setting it walks over every module; and of the model itself, for
+        # DeepSpeed's wrapper says it trains while what it holds evaluates.
+        if not (model.training and self.model.training):
             model.train()
         optimizer: Any = self.optimizer
         if hasattr(optimizer, "train") and callable(optimizer.train):

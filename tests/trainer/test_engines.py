@@ -146,3 +146,32 @@ def test_a_parameter_without_dims_is_trained_by_zero_or_refused(tmp_path: Path) 
     assert len(by_stage) == 2 and len(set(alone)) == 6
     for figures in by_stage:
         assert figures == pytest.approx(alone, rel=1e-5)
+
+
+def _modes(world: RankInfo, folder: str, fields: dict[str, Any]) -> list[bool]:
+    """Whether the model trained, at every forward pass of a training step."""
+    run = trainer(
+        folder,
+        max_steps=3,
+        data=Sentences(24),
+        eval_dataset=Sentences(4),
+        eval_strategy="steps",
+        eval_steps=1,
+        **fields,
+    )
+    modes: list[bool] = []
+    layer = run.model.model.layers[0]
+    layer.register_forward_hook(
+        lambda module, *_: modes.append(module.training) if torch.is_grad_enabled() else None
+    )
+    run.train()
+    return modes
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_evaluation_does_not_leave_the_model_evaluating_under_zero(
+    tmp_path: Path, stage: int
+) -> None:
+    fields = {"deepspeed": {"zero_optimization": {"stage": stage}}}
+    for modes in run_ranks(2, _modes, str(tmp_path), fields):
+        assert len(modes) >= 3 and all(modes)
