@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     packages = set(filter(None, os.environ.get(REQUIRED_VARIABLE, "").split(","))) - {*MARKERS}
     if missing := sorted(name for name in packages if importlib.util.find_spec(name) is None):
         raise pytest.UsageError(f"{REQUIRED_VARIABLE} asks for {', '.join(missing)}: not installed")
+    # In the background of a shell, or under nohup, these are ignored, and ranks would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ["HF_DATASETS_OFFLINE"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

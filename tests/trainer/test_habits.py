@@ -369,8 +369,11 @@ def test_a_loader_of_an_override_is_prepared_by_the_accelerator(tmp_path: Path) 
     assert run.train().global_step == 8
     beside = run.accelerator.prepare_model(Regression(), evaluation_mode=True)
     assert isinstance(beside, Regression)
-    with pytest.raises(UnsupportedError, match="prepare_model"):
-        run.accelerator.prepare(run.model, run.optimizer)
+    assert run.accelerator.prepare(run.model, run.optimizer) == (run.model_wrapped, run.optimizer)
+    stranger = Regression()
+    for other in (stranger, torch.optim.SGD(stranger.parameters(), lr=0.1)):
+        with pytest.raises(UnsupportedError, match="prepare_model"):
+            run.accelerator.prepare(other)
 
 
 def test_an_evaluation_without_memory_is_no_reason_for_smaller_training_batches(
