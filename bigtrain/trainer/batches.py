@@ -296,9 +296,12 @@ class Batches(TrainerCore):
         if self.args.average_tokens_across_devices:
             items = self._stop.exchange(items.to(device))
             self._has_exchanged = True
+        if items is None:
+            return None
         # A float, as in transformers, where it is divided by the other parallel dimensions.
+        items = items.to(device, torch.get_default_dtype())
         together = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
-        return None if items is None else items.to(device) / together
+        return items if together == 1 else items / together
 
     def _count_items(self, batches: list[Any]) -> Tensor | None:
         """Labels that count for the loss; None where there are none to count."""
