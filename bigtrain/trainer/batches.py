@@ -263,7 +263,7 @@ class Batches(TrainerCore):
         if not self.args.remove_unused_columns:
             return data_collator
         self._set_signature_columns_if_needed()
-        collator: Callable[..., Any] = RemoveColumnsCollator(
+        collator: Callable[..., Any] = _KnownColumnsCollator(
             data_collator=data_collator,
             signature_columns=self._signature_columns,
             logger=logger,
@@ -373,6 +373,16 @@ class Batches(TrainerCore):
                 f"{','.join(self._signature_columns or [])}."
             )
         return inputs
+
+
+class _KnownColumnsCollator(RemoveColumnsCollator):  # type: ignore[misc]
+    """As transformers', which looks for unknown columns to tell of in every sample until it has
+    found one: here in the first batch alone."""
+
+    def __call__(self, features: list[Any]) -> Any:
+        batch = super().__call__(features)
+        self.message_logged = True
+        return batch
 
 
 def _is_arrow_dataset(dataset: Any) -> bool:
