@@ -112,17 +112,19 @@ def _memory_rows(forecast: Forecast, memory: MemoryPlan) -> Iterator[Row]:
     if memory.nvme:
         procs = forecast.procs_per_node
         yield "on NVMe", f"{size(memory.nvme)} for each rank, {size(procs * memory.nvme)} on a node"
-    yield "peak", f"{size(memory.peak)}, {_moment(at.name)} (activations by {_method(forecast)})"
+    method = _method(forecast, memory)
+    yield "peak", f"{size(memory.peak)}, {_moment(at.name)} (activations by {method})"
     judged = _judged(forecast)
     if judged:
         yield "margin", judged
 
 
-def _method(forecast: Forecast) -> str:
-    memory, shapes = forecast.memory, forecast.model.shapes
-    if memory is None or shapes is None or memory.method == "trace":
-        return "trace"
-    known = shapes.architecture is not None and shapes.architecture.is_measured
+def _method(forecast: Forecast, memory: MemoryPlan) -> str:
+    if memory.method == "trace":
+        at_evaluation = memory.peak_moment.name == EVALUATION
+        return "formula, training's by trace" if at_evaluation else "trace"
+    shapes = forecast.model.shapes
+    known = shapes is None or shapes.architecture is None or shapes.architecture.is_measured
     return "formula" if known else "the formula for Llama's kin, for want of its own; use --trace"
 
 

@@ -118,10 +118,11 @@ def memory_request(plan: RunPlan, model: Model) -> Request:
 
 
 def _evaluates(plan: RunPlan) -> bool:
-    """In between or at the end, where there is something to evaluate on."""
+    """Before, in between or at the end, where there is something to evaluate on."""
     has_data = plan.data.get("eval_files") or plan.data.get("eval_split") is not None
-    strategy = str(plan.training.get("eval_strategy") or "no")
-    return bool(has_data) and (strategy != "no" or plan.training.get("do_eval") is not False)
+    said = plan.training
+    while_training = str(said.get("eval_strategy") or "no") != "no" or said.get("eval_on_start")
+    return bool(has_data) and bool(while_training or said.get("do_eval") is not False)
 
 
 def make_schedule(plan: RunPlan) -> Schedule:

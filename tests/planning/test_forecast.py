@@ -93,6 +93,20 @@ def test_an_evaluation_that_decides_on_the_engine_is_named(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("is_at_start", [False, True])
+def test_an_evaluation_before_the_first_step_is_counted(is_at_start: bool, tmp_path: Path) -> None:
+    said = f"eval_on_start: {str(is_at_start).lower()}, do_eval: false"
+    run = _RUN.replace("128}", "128, eval_split: 0.1}")
+    run = run.replace("{per_device", f"{{{said}, per_device")
+    (tmp_path / "run.yaml").write_text(run)
+
+    found = _forecast(_plan("run.yaml", folder=tmp_path), tmp_path)
+
+    assert found.memory is not None
+    names = [moment.name for moment in found.memory.moments]
+    assert ("evaluation" in names) == is_at_start
+
+
 def _way(plan: RunPlan) -> Candidate:
     said = dataclasses.asdict(plan.options)
     options = tuple((key, value) for key, value in said.items() if value is not None)
