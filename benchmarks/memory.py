@@ -103,6 +103,7 @@ class Case:
     engine: EngineName
     ranks: int
     dtype: str
+    """fp32, bf16, or fp16 with its level, such as `fp16 O2`."""
     batch: int
     sequence: int
     recompute: bool
@@ -148,6 +149,7 @@ CASES: tuple[Case, ...] = tuple(
         ("llama-48M", "single", 1, "fp32", 4, 256, False, 1),
         ("llama-48M", "single", 1, "fp32", 4, 256, True, 1),
         ("llama-48M", "single", 1, "bf16", 2, 1024, False, 1),
+        ("llama-48M", "single", 1, "fp16 O2", 2, 512, False, 1),
         ("llama-48M", "single", 1, "bf16", 2, 1024, True, 1),
         ("qwen2-61M", "single", 1, "bf16", 8, 256, False, 1),
         ("mixtral-70M", "single", 1, "fp32", 2, 512, False, 1),
@@ -251,6 +253,8 @@ def _traced(case: Case, request: estimate.Request) -> estimate.MemoryPlan:
 def _values(case: Case) -> dict[str, Any]:
     return {
         "bf16": case.dtype == "bf16",
+        "fp16": case.dtype.startswith("fp16"),
+        "fp16_opt_level": case.dtype.partition(" ")[2] or "O1",
         "per_device_train_batch_size": case.batch,
         "gradient_accumulation_steps": case.accumulation,
         "gradient_checkpointing": case.recompute,

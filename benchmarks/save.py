@@ -75,6 +75,8 @@ STAGING = StagingOptions(
 OURS = "bigtrain"
 DCP = "dcp sync"
 ZERO = "DeepSpeed, ZeRO-2"
+REST_S = 1.0
+"""Before each save: the disk is still busy with what was deleted when `sync` has returned."""
 KEPT = (OURS, DCP, ZERO)
 """What is loaded later; other files go at once, so that they don't fill the page cache."""
 
@@ -315,14 +317,17 @@ PHASES: dict[str, Callable[[Bench], None]] = {
 def measure_saves(
     ways: dict[str, Callable[[Path], Callable[[], Any]]], world: RankInfo, bench: Bench
 ) -> None:
-    """Each way once per repeat; what it took."""
+    """Each way once per repeat, after another one each time; what it took."""
     for repeat in range(bench.repeats + 1):
-        for name, save in ways.items():
+        first = repeat % len(ways)
+        for name, save in (list(ways.items()) * 2)[first : first + len(ways)]:
             path = bench.folder / name
             if world.is_main:
                 shutil.rmtree(path, ignore_errors=True)
                 os.sync()
+                forget(bench.folder)
             gc.collect()
+            time.sleep(REST_S)
             dist.barrier()
             with PeakMemory() if not repeat else contextlib.nullcontext() as memory:
                 begun = time.perf_counter()
@@ -338,6 +343,15 @@ def measure_saves(
                 bench.add(name, **found)
                 if name not in KEPT:
                     shutil.rmtree(path)
+
+
+def forget(folder: Path) -> None:
+    """Have the page cache drop these files, which are on the disk: the next save needs room in it,
+    and is not to wait until the kernel has made it."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measure_loads(loads: Mapping[str, Callable[[], Any]], world: RankInfo, bench: Bench) -> None:

@@ -165,9 +165,12 @@ def _precision(plan: RunPlan, said_by_script: set[str]) -> str:
     engine = plan.engine
     if "bf16.enabled" in said_by_script:
         return f"computes as the script says, masters {engine.master_dtype}"
+    precision = f"{engine.compute_dtype}, masters {engine.master_dtype}"
+    if engine.name == "single":
+        return precision
     is_accelerate_s = plan.kind == "script" and "ACCELERATE_USE_FSDP" in plan.environment
     reduce = engine.compute_dtype if is_accelerate_s else engine.reduce_dtype
-    return f"{engine.compute_dtype}, masters {engine.master_dtype}, reduced in {reduce}"
+    return f"{precision}, reduced in {reduce}"
 
 
 def _as_the_script_says(plan: RunPlan) -> set[str]:

@@ -98,9 +98,11 @@ class Batch:
     sequence_length: int
     compute_bytes: int
     is_autocast: bool
-    """Weights are wider than the arithmetic, and are cast as they are used."""
-    casts_weights: bool = True
-    """False where the big matrices are frozen in the arithmetic's own precision, as under LoRA."""
+    """Each operation casts what it is given, and norms and the stream between layers stay fp32."""
+    copies_weights: bool
+    """Weights are wider than the arithmetic and are kept a second time as it needs them, from the
+    forward pass to the backward pass. Not where the big matrices are frozen in its own precision,
+    as under LoRA."""
     keeps_logits: bool = True
     """False with a fused loss (Liger), which never holds all logits."""
 
@@ -114,7 +116,7 @@ def activation_bytes(shape: Architecture, batch: Batch) -> ActivationBytes:
     tokens, width = batch.tokens, batch.compute_bytes
     # Autocast leaves the residual stream in fp32; without it, it has the compute precision.
     stream = 4 if batch.is_autocast else width
-    casts = width if batch.is_autocast and batch.casts_weights else 0
+    casts = width if batch.copies_weights else 0
     return ActivationBytes(
         layer=tokens * (_norms(shape, batch) + _attention(shape, batch) + _mlp(shape, batch)),
         checkpoint=tokens * stream * shape.hidden,

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from bigtrain.engine.casting import cast_weights
 from bigtrain.memory.live_bytes import LiveBytes
 from bigtrain.model_section import add_adapters, gist
 
@@ -86,6 +87,7 @@ def _trace(question: Mapping[str, Any]) -> dict[str, Any]:
         model = _adapted(model, question.get("lora"))
         if question.get("lora") and not question["autocast"]:
             model = model.to(compute)  # adapters, too, compute in what the engine gathers them in
+        cast_weights(model, compute if question["cast_weights"] else None)
     model.config.use_cache = False
     if question["recompute"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -52,13 +52,15 @@ class Request:
     def batch(self, key: str = "per_device_train_batch_size") -> Batch:
         """What goes through the model at once, in training or else in an evaluation."""
         compute = BYTES[self.config.compute_dtype]
-        whole = self.config.name in ("single", "ddp")
+        # Sharded engines cast as they gather, which is no copy of its own.
+        casts = self.config.name in ("single", "ddp") and compute < BYTES[self.config.master_dtype]
         return Batch(
             sequences=int(self.training.get(key) or 8),
             sequence_length=self.sequence_length,
             compute_bytes=compute,
-            is_autocast=whole and compute < BYTES[self.config.master_dtype],
-            casts_weights=2 * _frozen_as_computed(self.shapes, compute) < self.shapes.numel,
+            is_autocast=casts and not self.config.casts_weights,
+            copies_weights=casts
+            and 2 * _frozen_as_computed(self.shapes, compute) < self.shapes.numel,
             keeps_logits=not self.training.get("use_liger_kernel"),
         )
 

@@ -23,9 +23,10 @@ class TracedActivations:
 
 
 def _weights_dtype(request: Request) -> str:
-    """What the model's own weights are in as they compute: under autocast the masters' fp32, but
-    those that are frozen stay as they were loaded."""
-    if not request.batch().is_autocast:
+    """What the model's own weights are in as they compute: where each use casts them the masters'
+    fp32, but those that are frozen stay as they were loaded."""
+    batch = request.batch()
+    if not (batch.is_autocast or batch.copies_weights):
         return request.config.compute_dtype
     frozen = [p.dtype for p in request.shapes.parameters if not p.trained]
     return (
@@ -56,6 +57,7 @@ def traced_estimate(request: Request, model: Mapping[str, Any], *, asker: Asker)
             "compute_dtype": request.config.compute_dtype,
             "weights_dtype": _weights_dtype(request),
             "autocast": batch.is_autocast,
+            "cast_weights": batch.copies_weights and not batch.is_autocast,
             "recompute": request.recompute,
             "sequences": batch.sequences,
             "sequence_length": batch.sequence_length,

@@ -133,13 +133,16 @@ def translate(
     open_ = tuple((f"training.{name}", why) for name, why in foreign.unresolved(ours, values))
     if open_:
         raise UnsupportedError(_with_origins(open_, request.origins))
+    masters = precision.master_dtype(whole, options.master_dtype)
+    is_sharded = engine in _SHARDED
     config = EngineConfig(
         name=engine,
         settings=foreign.overlay(ours, values),
         compute_dtype=request.compute,
-        master_dtype=precision.master_dtype(whole, options.master_dtype),
-        casts_weights=precision.casts_weights(whole) and engine in ("single", "ddp"),
-        reduce_dtype=options.reduce_dtype or "fp32",
+        master_dtype=masters,
+        casts_weights=precision.casts_weights(whole) and not is_sharded,
+        # Gradients of whole parameters are in the parameters' own precision.
+        reduce_dtype=options.reduce_dtype or "fp32" if is_sharded else masters,
     )
     return Translation(engine=config, fates=_fates(config, schema, values))
 

@@ -89,6 +89,14 @@ def test_fsdp_takes_the_engine_section() -> None:
     )
 
 
+def test_gradients_of_whole_parameters_are_reduced_in_the_parameters_precision() -> None:
+    o3 = {"fp16": True, "fp16_opt_level": "O3"}
+
+    assert _config(o3, "ddp", device="cuda").reduce_dtype == "fp16"
+    assert _config({**o3, "fp16_opt_level": "O2"}, "ddp", device="cuda").reduce_dtype == "fp32"
+    assert _config(o3, "fsdp", device="cuda").reduce_dtype == "fp32"
+
+
 def test_full_precision_level_of_fp16_is_fp32() -> None:
     assert _config({"fp16": True, "fp16_opt_level": "O0"}, "single", 1).compute_dtype == "fp32"
 
