@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeAlias
 
 from bigtrain.checkpoint.blocks import FileDigest, hash_bytes
 from bigtrain.checkpoint.items import StoredItem, StoredItems
+from bigtrain.checkpoint.json_object import counts, json_object
 from bigtrain.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -161,17 +162,42 @@ class Manifest:
             raise CheckpointError(
                 f"{path}: not a manifest of version {VERSION}; a newer bigtrain wrote it"
             )
-        document["progress"] = _known(Progress, document["progress"])
+        try:
+            return cls._from_document(document)
+        except _MALFORMED as fault:
+            raise CheckpointError(f"{path}: not a manifest: {_gist(fault)}") from None
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> Manifest:
+        for name in ("uuid", "layout", "run_id", "engine", "created"):
+            _require(document[name], str, name)
+        document["progress"] = progress = _known(Progress, document["progress"])
+        _require(progress.step, int, "progress.step")
         for name in document["parts"]:
             _require_inside(name)
-        document["parts"] = {name: tuple(entry) for name, entry in document["parts"].items()}
+        document["parts"] = {
+            name: (size, digest) for name, (size, digest) in document["parts"].items()
+        }
+        _require(document["world_size"], int, "world_size")
         document["param_groups"] = _unplain(document["param_groups"])
         document["nodes"] = tuple(
-            NodeOfCheckpoint(host=node["host"], ranks=tuple(node["ranks"]))
+            NodeOfCheckpoint(host=node["host"], ranks=counts(node["ranks"]))
             for node in document.get("nodes", ())
         )
         manifest: Manifest = _known(cls, document)
         return manifest
+
+
+_MALFORMED = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a document of another shape than ours ends in: a seal says that nothing has changed, and not
+who has made it."""
 
 
 # A quote inside a JSON string is escaped, so these stand nowhere else.
@@ -182,7 +208,7 @@ _AFTER_TENSORS = b',"item_files":'
 @functools.lru_cache(maxsize=16)
 def _tensor_table(text: bytes) -> tuple[StoredTensor, ...]:
     return tuple(
-        StoredTensor(name=name, kind=kind, dtype=dtype, shape=tuple(shape))
+        StoredTensor(name=name, kind=kind, dtype=dtype, shape=counts(shape))
         for name, kind, dtype, shape in json.loads(text)
     )
 
@@ -222,12 +248,26 @@ def read_part(checkpoint: Path, name: str, *, manifest: Manifest) -> Part:
         raise CheckpointError(f"{path}: can't be read: {fault.strerror}") from fault
     if len(data) != size or hash_bytes(data).hex() != expected:
         raise CheckpointError(f"{path}: is not as it was written; the checkpoint is damaged")
-    return Part.from_bytes(data)
+    try:
+        return Part.from_bytes(data)
+    except _MALFORMED as fault:
+        raise CheckpointError(f"{path}: not a part of a manifest: {_gist(fault)}") from None
 
 
 def read_parts(checkpoint: Path, *, manifest: Manifest) -> list[Part]:
     """All parts, by rank."""
     return [read_part(checkpoint, name, manifest=manifest) for name in sorted(manifest.parts)]
+
+
+def _require(value: Any, kind: type, name: str) -> Any:
+    """`value`, where it is of this kind."""
+    if type(value) is not kind:
+        raise TypeError(f"{name} is {value!r:.40}")
+    return value
+
+
+def _gist(fault: Exception) -> str:
+    return f"no {fault}" if isinstance(fault, KeyError) else f"{fault}"[:200]
 
 
 def _known(cls: Any, values: Mapping[str, Any]) -> Any:
@@ -243,11 +283,12 @@ def _seal(document: Mapping[str, Any]) -> bytes:
 
 def _unseal(data: bytes, *, path: Path) -> dict[str, Any]:
     try:
-        document = dict(json.loads(data))
+        document = json_object(data)
         checksum = document.pop("checksum")
-    except (ValueError, TypeError, KeyError):
+        expected = hash_bytes(_canonical(document)).hex()
+    except (ValueError, KeyError, RecursionError):
         raise CheckpointError(f"{path}: not a whole manifest; the file is damaged") from None
-    if hash_bytes(_canonical(document)).hex() != checksum:
+    if expected != checksum:
         raise CheckpointError(f"{path}: its checksum is wrong; the file was edited or is damaged")
     return document
 

@@ -24,11 +24,11 @@ def seen_from(manifest: Manifest, parts: Sequence[Part]) -> list[Part]:
     ]
 
 
-def own_ranks(manifest: Manifest) -> frozenset[int]:
+def own_ranks(manifest: Manifest) -> Sequence[int]:
     """The ranks whose files lie in this very directory."""
     if not manifest.nodes:
-        return frozenset(range(manifest.world_size))
-    return frozenset(manifest.nodes[manifest.node or 0].ranks)
+        return range(manifest.world_size)
+    return manifest.nodes[manifest.node or 0].ranks
 
 
 def elsewhere(manifest: Manifest, parts: Sequence[Part], checkpoint: Path) -> dict[Path, str]:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from bigtrain.checkpoint.blocks import FileDigest
+from bigtrain.checkpoint.blocks import FileDigest, hash_bytes
 from bigtrain.checkpoint.items import StoredItem
 from bigtrain.checkpoint.manifest import (
     Manifest,
@@ -13,7 +15,9 @@ from bigtrain.checkpoint.manifest import (
     Progress,
     StoredTensor,
     read_manifest,
+    read_part,
 )
+from bigtrain.checkpoint.node_view import own_ranks
 from bigtrain.errors import CheckpointError
 
 PART = Part(
@@ -82,8 +86,6 @@ def test_a_later_version_is_refused_and_an_unknown_field_is_not() -> None:
 
 
 def test_a_hyperparameter_that_is_no_plain_value_is_named() -> None:
-    import dataclasses
-
     groups = ({"params": [], "lr": object()},)
     with pytest.raises(CheckpointError, match=r"param_groups\.lr is a object"):
         dataclasses.replace(MANIFEST, param_groups=groups).to_bytes()
@@ -94,3 +96,58 @@ def test_a_part_names_no_file_outside_of_its_checkpoint(name: str) -> None:
     digest = FileDigest(size=1, blocks=bytes(16))
     with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         Part.from_bytes(Part(rank=0, files={name: digest}).to_bytes())
+
+
+def _sealed(**changes: object) -> bytes:
+    from bigtrain.checkpoint.manifest import _seal
+
+    document = json.loads(MANIFEST.to_bytes())
+    del document["checksum"]
+    return _seal({name: value for name, value in {**document, **changes}.items() if value != "-"})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"[" * 100_000, "not a whole manifest"),
+        (b"[]", "not a whole manifest"),
+        (_sealed(uuid="-"), "not a manifest: no 'uuid'"),
+        (_sealed(created=5), "not a manifest: created is 5"),
+        (_sealed(world_size="4"), "not a manifest: world_size is '4'"),
+        (_sealed(progress={"step": "7"}), "not a manifest: progress.step is '7'"),
+        (_sealed(progress=[]), "not a manifest: "),
+        (_sealed(parts=["a"]), "not a manifest: "),
+        (_sealed(parts={"a": 1}), "not a manifest: "),
+        (_sealed(param_groups={"x": 1}), "not a manifest: no 'dict'"),
+        (_sealed(nodes=[{"host": "a", "ranks": [-1]}]), "not a manifest: "),
+        (_sealed(nodes=3), "not a manifest: "),
+    ],
+)
+def test_a_sealed_root_of_another_shape_is_refused_in_words(data: bytes, said: str) -> None:
+    with pytest.raises(CheckpointError, match=f"^m: {re.escape(said)}"):
+        Manifest.from_bytes(data, path=Path("m"))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        b"[" * 100_000,
+        b"{}",
+        b"[1]",
+        PART.to_bytes().replace(b"[2, 3]", b"[-2, 3]").replace(b"[2,3]", b"[-2,3]"),
+        PART.to_bytes().replace(b'"files":{', b'"files":{"x":[1],'),
+        PART.to_bytes().replace(b'"objects":[]', b'"objects":[1]'),
+    ],
+)
+def test_a_part_of_another_shape_is_refused_in_words(tmp_path: Path, part: bytes) -> None:
+    name = "manifest/rank-00000.json"
+    (tmp_path / "manifest").mkdir()
+    (tmp_path / name).write_bytes(part)
+    root = dataclasses.replace(MANIFEST, parts={name: (len(part), hash_bytes(part).hex())})
+
+    with pytest.raises(CheckpointError, match=f"{name}: not a part of a manifest: "):
+        read_part(tmp_path, name, manifest=root)
+
+
+def test_a_root_of_any_number_of_ranks_takes_no_memory() -> None:
+    assert 3 in own_ranks(dataclasses.replace(MANIFEST, world_size=10**12))
