@@ -118,6 +118,10 @@ def test_a_sweep_is_an_array_with_a_plan_for_every_combination(folder: Path) -> 
             "did you mean 'partition'?",
         ),
         (
+            ["--slurm", "--engine", "auto", "--sbatch", "qoss=high"],
+            "flag --sbatch: cluster.slurm.qoss: sbatch has no such option; did you mean 'qos'?",
+        ),
+        (
             ["--slurm", "--set", "cluster.slurm.qoss=high"],
             "--set: cluster.slurm.qoss: sbatch has no such option; did you mean 'qos'?",
         ),
