@@ -24,7 +24,13 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
     """What a program printed. LaunchError with its own words when it fails or is not there."""
     try:
         done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            errors="replace",  # job names and a cluster's own messages may be in any encoding
+            timeout=_PATIENCE_S,
+            check=False,
         )
     except FileNotFoundError:
         raise LaunchError(

@@ -152,6 +152,16 @@ def test_a_job_that_slurm_did_not_take_leaves_nothing(folder: Path) -> None:
     assert not (folder / "runs" / "tiny").exists()
 
 
+def test_words_of_slurm_s_in_another_encoding_are_told_and_leave_nothing(folder: Path) -> None:
+    _command(folder.parent, "sbatch", "#!/bin/bash\nprintf 'no caf\\xe9 today\\n' >&2; exit 1\n")
+
+    done = _launch(folder, "--slurm")
+
+    assert done.returncode == 5
+    assert "sbatch failed with exit code 1\n  no caf\ufffd today\n" in done.stderr
+    assert not (folder / "runs" / "tiny").exists()
+
+
 def test_a_directory_that_can_not_be_written_to_is_refused_in_words(folder: Path) -> None:
     (folder / "runs" / "tiny").mkdir(parents=True)
     (folder / "runs" / "tiny" / "slurm").write_text("a file")
