@@ -70,7 +70,9 @@ def find_jobs(target: str, *, environment: Mapping[str, str]) -> list[Found]:
                 found.append(Found(job_id=run.job_id, cluster=record.cluster, runs=[run]))
                 break
         else:
-            if target in (record.job_id, record.name):
+            places = [os.path.realpath(run.output_dir) for run in record.runs]
+            is_place = directory == os.path.commonpath(places)  # above a sweep's runs
+            if target in (record.job_id, record.name) or is_place:
                 found.append(
                     Found(job_id=record.job_id or "", cluster=record.cluster, runs=record.runs)
                 )

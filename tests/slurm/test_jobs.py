@@ -139,9 +139,11 @@ def test_a_sweep_is_ended_as_a_whole_or_by_run(home: Path) -> None:
     runs = [["tiny/seed=1", "runs/tiny/seed=1"], ["tiny/seed=2", "runs/tiny/seed=2"]]
     _submitted(home, "12", sweep=runs, output_dir="runs/tiny/seed=1")
     (home / "queue").write_text("12_0|RUNNING|1:00|None\n12_1|PENDING|0:00|Priority\n")
-    for target in ("tiny/seed=2", "12_0", "tiny", "12"):
+    for target in ("tiny/seed=2", "12_0", "tiny", "12", "runs/tiny", f"{home}/runs/tiny/"):
         cancel(target, environment=_environment(home))
-    assert _told(home) == ["12_1", "12_0", "12", "12"]
+    assert _told(home) == ["12_1", "12_0", "12", "12", "12", "12"]
+    with pytest.raises(LaunchError, match="runs is no job, run or output directory"):
+        cancel("runs", environment=_environment(home))
 
     (home / "queue").write_text("12_1|RUNNING|1:00|None\n")
     done = CliRunner().invoke(app, ["jobs"])
