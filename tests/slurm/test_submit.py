@@ -290,6 +290,16 @@ def test_a_git_that_is_slow_keeps_no_node_waiting(
         provenance.changes(then, patience_s=0.2)
 
 
+def test_what_sbatch_remarks_of_a_job_that_it_takes_is_passed_on(folder: Path) -> None:
+    remark = "sbatch: warning: your project has 3 GPU-hours left"
+    _command(folder.parent, "sbatch", f"#!/bin/bash\necho 123; printf '{remark}\\n\\nbye\\n' >&2\n")
+
+    done = _launch(folder, "--slurm")
+
+    assert done.stdout.startswith("job 123, ")
+    assert done.stderr == f"note: {remark}\nnote: bye\n"
+
+
 def test_a_second_job_for_the_same_directory_is_said(folder: Path) -> None:
     again = ["--slurm", "--set", "training.overwrite_output_dir=true"]
     _command(folder.parent, "squeue", "#!/bin/bash\n[ $3 = --jobs=123 ] && echo RUNNING\n")
