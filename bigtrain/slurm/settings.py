@@ -73,14 +73,16 @@ def read_settings(
     origins = origins or {}
     faults: list[str] = []
     ours: dict[str, Any] = {}
-    for key, read in _OWN_KEYS.items():
-        if section.get(key) is None:
-            continue
-        try:
-            ours[key] = read(section[key])
-        except ValueError as fault:
-            faults.append(f"{place_of(key, origins)}: {fault}")
-    others = {key: value for key, value in section.items() if key not in _OWN_KEYS}
+    others: dict[str, Any] = {}
+    for key, value in section.items():
+        name = key.replace("-", "_")
+        if name not in _OWN_KEYS:
+            others[key] = value
+        elif value is not None:
+            try:
+                ours[name] = _OWN_KEYS[name](value)
+            except ValueError as fault:
+                faults.append(f"{place_of(key, origins)}: {fault}")
     try:
         options = read_options(others, origins=origins)
     except ConfigError as error:

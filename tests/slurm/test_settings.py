@@ -34,6 +34,14 @@ def test_own_keys_and_options_are_told_apart() -> None:
     assert settings.options == {"qos": "high"}
 
 
+def test_dashes_and_underscores_are_the_same_in_own_keys_too() -> None:
+    settings = read_settings({"spare-nodes": "1", "max_requeues": 3, "max-requeues": "5"})
+    assert (settings.spare_nodes, settings.max_requeues) == (1, 5)
+    assert settings.options == {}
+    with pytest.raises(ConfigError, match=r"^--sbatch: cluster.slurm.max-requeues: 'x' is not a"):
+        read_settings({"max-requeues": "x"}, origins={"max-requeues": "--sbatch"})
+
+
 def test_faults_of_own_keys_and_of_options_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings({"modules": 3, "max_requeues": -1, "qoss": "high"})
