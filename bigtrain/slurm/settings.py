@@ -126,7 +126,7 @@ def _truth(value: Any) -> bool:
 
 
 def _count(value: Any) -> int:
-    value = int(value) if isinstance(value, str) and value.isdigit() else value
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a whole number from 0 on")
     return value

@@ -163,6 +163,18 @@ def test_a_sweep_is_an_array_with_a_plan_for_every_combination(folder: Path) -> 
             "flag --rdzv-endpoint: 'node1' is not HOST:PORT, as in node1:29400",
         ),
         (
+            ["--nodes", "²"],
+            "flag --nodes: '²' is not a whole number from 1 on",
+        ),
+        (
+            ["--nodes", "²:4", "--rdzv-endpoint", "h:29400"],
+            "flag --nodes: '²:4' is not a range of numbers, as in 2:4",
+        ),
+        (
+            ["--nodes", "2", "--node-rank", "0", "--rdzv-endpoint", "h:²"],
+            "flag --rdzv-endpoint: 'h:²' is not HOST:PORT, as in node1:29400",
+        ),
+        (
             ["--nodes", "2:4"],
             "flag --nodes 2:4: an elastic run needs --rdzv-endpoint HOST:PORT, the same on every "
             "machine, and no --node-rank: ranks are given out as machines come",

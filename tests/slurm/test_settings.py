@@ -38,8 +38,8 @@ def test_dashes_and_underscores_are_the_same_in_own_keys_too() -> None:
     settings = read_settings({"spare-nodes": "1", "max_requeues": 3, "max-requeues": "5"})
     assert (settings.spare_nodes, settings.max_requeues) == (1, 5)
     assert settings.options == {}
-    with pytest.raises(ConfigError, match=r"^--sbatch: cluster.slurm.max-requeues: 'x' is not a"):
-        read_settings({"max-requeues": "x"}, origins={"max-requeues": "--sbatch"})
+    with pytest.raises(ConfigError, match=r"^--sbatch: cluster.slurm.max-requeues: '²' is not a"):
+        read_settings({"max-requeues": "²"}, origins={"max-requeues": "--sbatch"})
 
 
 def test_faults_of_own_keys_and_of_options_come_together() -> None:
