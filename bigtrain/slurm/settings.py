@@ -45,9 +45,10 @@ class SlurmSettings:
     @property
     def gpus_per_node(self) -> int | None:
         """GPUs of one node that the options ask for; None where they say nothing of it."""
-        text = self.options.get("gpus-per-node") or _gpus_of_gres(self.options.get("gres"))
-        match = _GPU_COUNT.fullmatch(text) if text else None
-        return int(match[1]) if match else None
+        said = self.options.get("gpus-per-node")
+        texts = said.split(",") if said else _gpus_of_gres(self.options.get("gres"))
+        counts = [int(match[1]) for match in map(_GPU_COUNT.fullmatch, texts) if match]
+        return sum(counts) if counts else None
 
     @property
     def new_starts(self) -> int:
@@ -96,13 +97,11 @@ def read_settings(
     return SlurmSettings(options=said, left_out=left_out, **ours)
 
 
-def _gpus_of_gres(gres: str | None) -> str | None:
-    """`gpu:a100:4` of `gpu:a100:4,nvme:1`; one GPU where no number is given."""
-    for item in (gres or "").split(","):
-        kind, _, rest = item.removeprefix("gres/").partition(":")
-        if kind == "gpu":
-            return rest if rest.rpartition(":")[2].isdigit() else "1"
-    return None
+def _gpus_of_gres(gres: str | None) -> list[str]:
+    """`a100:4` and `1` of `gpu:a100:4,nvme:1,gpu`: one GPU where no number is given."""
+    items = [item.removeprefix("gres/").partition(":") for item in (gres or "").split(",")]
+    named = [rest for kind, _, rest in items if kind == "gpu"]
+    return [rest if rest.rpartition(":")[2].isdecimal() else "1" for rest in named]
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,8 @@ from bigtrain.slurm.settings import read_settings
         ({}, None),
         ({"gpus_per_node": 8}, 8),
         ({"gpus_per_node": "a100:4"}, 4),
+        ({"gpus_per_node": "a100:2,v100:6"}, 8),
+        ({"gres": "gpu:a100:2,gpu:v100:6"}, 8),
         ({"gres": "gpu:2"}, 2),
         ({"gres": "gpu:a100:4,nvme:1"}, 4),
         ({"gres": "nvme:1,gpu"}, 1),
