@@ -110,6 +110,15 @@ def _text(value: Any) -> str:
     return value
 
 
+def _place(value: Any) -> str:
+    """A file, or a name that is looked for later; `~` is the home of who submits."""
+    text = _text(value)
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        raise ValueError(f"{value!r}: there is no such home directory") from None
+
+
 def _words(value: Any) -> tuple[str, ...]:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, list) or not all(isinstance(word, str) and word for word in words):
@@ -143,8 +152,8 @@ def _setup(value: Any) -> str:
 _OWN_KEYS = {
     "modules": _words,
     "setup": _setup,
-    "python": _text,
-    "template": _text,
+    "python": _place,
+    "template": _place,
     "snapshot": _truth,
     "max_requeues": _count,
     "spare_nodes": _count,

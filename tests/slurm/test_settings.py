@@ -44,6 +44,18 @@ def test_dashes_and_underscores_are_the_same_in_own_keys_too() -> None:
         read_settings({"max-requeues": "²"}, origins={"max-requeues": "--sbatch"})
 
 
+def test_files_below_the_home_directory_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    settings = read_settings({"python": "~/venv/bin/python", "template": "~/x.sbatch"})
+    assert settings.python == "/home/me/venv/bin/python"
+    assert settings.template == "/home/me/x.sbatch"
+    assert not settings.finds_bigtrain
+    for text in ("python3", "./python"):
+        assert read_settings({"python": text}).python == text
+    with pytest.raises(ConfigError, match="python: '~nobody-here/x': there is no such home"):
+        read_settings({"python": "~nobody-here/x"})
+
+
 def test_faults_of_own_keys_and_of_options_come_together() -> None:
     with pytest.raises(ConfigError) as caught:
         read_settings({"modules": 3, "max_requeues": -1, "qoss": "high"})
