@@ -72,3 +72,16 @@ def test_a_token_in_a_command_of_the_setup_or_an_option_is_refused_and_not_shown
         read_settings({"setup": f"huggingface-cli login --token {token}", "comment": token})
     assert len(caught.value.faults) == 2
     assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["HF_TOKEN_PATH=/x", "HF_TOKEN_PATH='~/my token'", "db_password_file=/run/p"]
+)
+def test_the_setup_may_say_where_a_secret_lies(text: str) -> None:
+    assert read_settings({"setup": f"export {text}"}).setup == f"export {text}"
+
+
+@pytest.mark.parametrize("text", ["HF_TOKEN=/x", "HF_TOKEN_PATH=hunter2"])
+def test_the_setup_may_not_spell_a_secret_out(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"setup: {text.partition('=')[0]}: a secret's value"):
+        read_settings({"setup": f"export {text}"})
