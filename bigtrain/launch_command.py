@@ -271,8 +271,9 @@ def _limit_of_job(environment: Mapping[str, str]) -> Callable[[], TimeLimit | No
 
 
 def _endpoint(text: str) -> tuple[str, int]:
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    host, _, port = text.rpartition(":")
+    is_host = host and not set(host) & set("/@ ")  # which a URL has
+    if not is_host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"flag --rdzv-endpoint: {text!r} is not HOST:PORT, as in node1:29400")
     return host.strip("[]"), int(port)
 

@@ -175,6 +175,10 @@ def test_a_sweep_is_an_array_with_a_plan_for_every_combination(folder: Path) -> 
             "flag --rdzv-endpoint: 'h:²' is not HOST:PORT, as in node1:29400",
         ),
         (
+            ["--nodes", "2", "--node-rank", "0", "--rdzv-endpoint", "http://h:29400", "--dry-run"],
+            "flag --rdzv-endpoint: 'http://h:29400' is not HOST:PORT, as in node1:29400",
+        ),
+        (
             ["--nodes", "2:4"],
             "flag --nodes 2:4: an elastic run needs --rdzv-endpoint HOST:PORT, the same on every "
             "machine, and no --node-rank: ranks are given out as machines come",
