@@ -92,7 +92,7 @@ class ClusterFlags:
         """None where nothing was said. ConfigError for a range, or what is no number."""
         if self.nodes is None:
             return None
-        if not self.nodes.isdigit() or int(self.nodes) < 1:
+        if not self.nodes.isdecimal() or int(self.nodes) < 1:
             raise ConfigError(f"flag --nodes: {self.nodes!r} is not a whole number from 1 on")
         return int(self.nodes)
 

@@ -5,33 +5,34 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from bigtrain.errors import LaunchError
+from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan
 from bigtrain.planning.device_memory import DeviceMemory
-from bigtrain.slurm import client
+from bigtrain.slurm.partition import Survey
 from bigtrain.slurm.settings import SlurmSettings, read_settings
 
 _MIB = 2**20
 _UNITS = {"": _MIB, "K": 2**10, "M": _MIB, "G": 2**30, "T": 2**40}
-_UNSET_MIB = 1
-"""What Slurm tells of nodes for which slurm.conf gives no RealMemory."""
 
 
 class JobMemory:
-    """The memory of the ranks of a plan, on the nodes that Slurm will give; partitions are asked
-    for once each.
+    """The memory of the ranks of a plan, on the nodes that Slurm will give.
 
     A GPU's is what was said (`--device-memory`): Slurm doesn't know it. A node's is what the job
     asks for, and no more than the partition's largest node has.
     """
 
-    def __init__(self, said: int | None) -> None:
+    def __init__(self, said: int | None, *, survey: Survey) -> None:
         self._said = said
-        self._known: dict[str | None, int | None] = {}
+        self._survey = survey
 
     def __call__(self, plan: RunPlan) -> DeviceMemory:
         procs = plan.topology.procs_per_node
-        node, place = self._node(read_settings(plan.slurm))
+        try:
+            settings = read_settings(plan.slurm)
+        except ConfigError:
+            settings = SlurmSettings()  # it is told where the section itself is read
+        node, place = self._node(settings)
         share = None if node is None else node // procs
         if plan.device == "cuda" or self._said is not None:
             origin = "" if self._said is None else "flag --device-memory"
@@ -42,11 +43,10 @@ class JobMemory:
 
     def _node(self, settings: SlurmSettings) -> tuple[int | None, str]:
         """Bytes of one node, and where they are known from."""
-        partition = settings.options.get("partition")
+        partition = self._survey.partition(settings.options.get("partition"))
+        largest = None if partition is None else partition.largest_memory_mib
+        there = None if largest is None else largest * _MIB
         asked = _asked(settings)
-        if partition not in self._known:
-            self._known[partition] = _largest_node(partition)
-        there = self._known[partition]
         if asked is not None and (there is None or asked < there):
             return asked, "what the job asks for"
         return there, "the partition's largest node"
@@ -65,18 +65,3 @@ def _asked(settings: SlurmSettings) -> int | None:
 def _read_size(text: str | None) -> int | None:
     found = re.fullmatch(r"(\d+)([KMGT]?)B?", (text or "").strip().upper())
     return int(found[1]) * _UNITS[found[2]] or None if found else None
-
-
-def _largest_node(partition: str | None) -> int | None:
-    command = ["sinfo", "--noheader", "--exact", "--format=%P|%m"]
-    try:
-        text = client.call(command + ([f"--partition={partition}"] if partition else []))
-    except LaunchError:
-        return None
-    found = [
-        int(memory.rstrip("+"))
-        for name, _, memory in (line.partition("|") for line in text.splitlines())
-        if (partition or name.endswith("*")) and memory.rstrip("+").isdigit()
-    ]
-    largest = max(found, default=_UNSET_MIB)
-    return largest * _MIB if largest > _UNSET_MIB else None

@@ -271,8 +271,9 @@ def _limit_of_job(environment: Mapping[str, str]) -> Callable[[], TimeLimit | No
 
 
 def _endpoint(text: str) -> tuple[str, int]:
-    host, separator, port = text.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    host, _, port = text.rpartition(":")
+    is_host = host and not set(host) & set("/@ ")  # which a URL has
+    if not is_host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise ConfigError(f"flag --rdzv-endpoint: {text!r} is not HOST:PORT, as in node1:29400")
     return host.strip("[]"), int(port)
 
@@ -307,7 +308,7 @@ def _elastic(launch: Launch) -> int:
             "on every machine, and no --node-rank: ranks are given out as machines come"
         )
     low, _, high = str(where.nodes).partition(":")
-    if not (low.isdigit() and high.isdigit() and 1 <= int(low) <= int(high)):
+    if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high)):
         raise ConfigError(f"flag --nodes: {where.nodes!r} is not a range of numbers, as in 2:4")
     _refuse_script(launch, "use torchrun itself for a script of your own")
     host, _ = _endpoint(where.rdzv_endpoint)

@@ -144,8 +144,13 @@ def _output_dir_of_file(path: Path) -> Path:
     from bigtrain.run_file import read_run_file
 
     values = read_run_file(path, label=str(path)).values
-    name = values.get("name") or path.stem
-    return Path(str(values.get("output_dir") or f"runs/{name}"))
+    training, name = values.get("training"), values.get("name") or path.stem
+    below = training.get("output_dir") if isinstance(training, dict) else None
+    place = Path(str(values.get("output_dir") or below or f"runs/{name}"))
+    try:
+        return place.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{path}: output_dir: {place}: there is no such home directory") from None
 
 
 def _lines(

@@ -32,7 +32,7 @@ def run(launch: Launch) -> int:
         raise ConfigError("flag --slurm: Slurm knows the nodes; leave --node-rank and "
                           "--rdzv-endpoint out")  # fmt: skip
     survey = Survey()
-    memory = JobMemory(launch.device_memory)
+    memory = JobMemory(launch.device_memory, survey=survey)
     plan = functools.partial(
         launch.plan,
         *launch.nodes(),

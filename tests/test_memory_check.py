@@ -104,9 +104,8 @@ def _as_job(folder: Path, *words: str, memory_mib: int) -> subprocess.CompletedP
     """Submitted with programs of Slurm's shape; nodes of `memory_mib` in the default partition."""
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
-    memory, shape = f"usual*|{memory_mib}", "usual*|9|64|(null)"
     texts = {
-        "sinfo": f"case \"$*\" in *%m*) echo '{memory}';; *) echo '{shape}';; esac",
+        "sinfo": f'echo "$@" >>"$HOME/asked"; echo \'usual*|9|64|{memory_mib}|(null)\'',
         "sbatch": 'touch "$HOME/submitted"; echo 7',
     }
     for name, text in texts.items():
@@ -143,6 +142,13 @@ def test_a_job_that_can_not_fit_into_its_nodes_is_not_submitted(folder: Path) ->
     said = ("--set", "training.use_cpu=true", "--no-memory-check")
     assert _as_job(folder, *said, memory_mib=8192).returncode == 0
     assert (folder / "submitted").exists()
+
+
+def test_slurm_is_asked_for_the_nodes_of_a_job_once(folder: Path) -> None:
+    done = _as_job(folder, "--set", "training.use_cpu=true", memory_mib=65536)
+
+    assert done.returncode == 0, done.stderr
+    assert (folder / "asked").read_text() == "--noheader --exact --format=%P|%D|%c|%m|%G\n"
 
 
 @pytest.mark.parametrize(

@@ -39,10 +39,27 @@ def test_a_local_run_is_found_by_its_name_its_directory_and_its_run_file(folder:
         assert done.output == "[node0:0] 2026-01-31 12:00:00,000 hello\n"
 
 
-def test_a_run_file_with_a_directory_of_its_own_leads_there(folder: Path) -> None:
-    _run(folder, "elsewhere")
-    (folder / "run.yaml").write_text("output_dir: elsewhere\n")
-    assert _output_dir("run.yaml") == Path("elsewhere")
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("output_dir: elsewhere", "elsewhere"),
+        ("training: {output_dir: elsewhere}", "elsewhere"),
+        ("output_dir: ~/elsewhere", "home/elsewhere"),
+        ("training: 3", "runs/run"),
+    ],
+)
+def test_a_run_file_with_a_directory_of_its_own_leads_there(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, place: str
+) -> None:
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    (folder / "run.yaml").write_text(f"{text}\n")
+    assert folder / _output_dir("run.yaml") == folder / place
+
+
+def test_a_home_directory_that_is_not_there_is_named(folder: Path) -> None:
+    (folder / "run.yaml").write_text("output_dir: ~nobody-here/x\n")
+    with pytest.raises(ConfigError, match=r"^run\.yaml: output_dir: ~nobody-here/x: there is no"):
+        _output_dir("run.yaml")
 
 
 def test_a_sweep_is_asked_which_of_its_runs_is_meant(folder: Path) -> None:

@@ -311,7 +311,10 @@ def _knock(
     with selectors.DefaultSelector() as selector:
         for place in places:
             family = socket.AF_INET6 if ":" in place[0] else socket.AF_INET
-            connection = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                connection = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                continue  # a system without IPv6 has addresses of it in /etc/hosts all the same
             connection.setblocking(False)
             connection.connect_ex(place)
             selector.register(connection, selectors.EVENT_WRITE, place)

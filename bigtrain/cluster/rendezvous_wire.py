@@ -38,12 +38,16 @@ class LineReader:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
-        """The messages that `data` completes. ValueError for one that is too long or no object."""
+        """The messages that `data` completes. ValueError for one that is too long, too deep
+        or no object."""
         *lines, self._rest = (self._rest + data).split(b"\n")
         if max(map(len, (*lines, self._rest))) > self.limit:
             raise ValueError(f"a message of more than {self.limit} bytes")
         for line in lines:
-            message = json.loads(line)
+            try:
+                message = json.loads(line)
+            except RecursionError:
+                raise ValueError("a message nested too deep") from None
             if not isinstance(message, dict):
                 raise ValueError("a message that is no object")
             yield message

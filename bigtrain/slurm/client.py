@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from bigtrain.errors import LaunchError
@@ -20,11 +21,31 @@ _UNHEARD = ("Socket timed out on send/recv", "Zero Bytes were transmitted or rec
 busy does what it was asked for all the same."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a program said that did what it was asked for."""
+
+    printed: str
+    remarks: tuple[str, ...]
+    """The lines of its stderr: what a cluster tells those who use it."""
+
+
 def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
     """What a program printed. LaunchError with its own words when it fails or is not there."""
+    return ask(command, cwd=cwd).printed
+
+
+def ask(command: Sequence[str], *, cwd: Path | None = None) -> Answer:
+    """The same, with what it remarked besides."""
     try:
         done = subprocess.run(
-            command, cwd=cwd, capture_output=True, text=True, timeout=_PATIENCE_S, check=False
+            command,
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            errors="replace",  # job names and a cluster's own messages may be in any encoding
+            timeout=_PATIENCE_S,
+            check=False,
         )
     except FileNotFoundError:
         raise LaunchError(
@@ -42,4 +63,5 @@ def call(command: Sequence[str], *, cwd: Path | None = None) -> str:
         is_unheard = any(words in line for line in said for words in _UNHEARD)
         kind = NoAnswerError if is_unheard else LaunchError
         raise kind("\n".join([*lines, *(f"  {line}" for line in said)]))
-    return done.stdout
+    remarks = (line.strip() for line in done.stderr.splitlines())
+    return Answer(printed=done.stdout, remarks=tuple(line for line in remarks if line))

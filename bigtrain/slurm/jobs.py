@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from bigtrain.slurm import client
 from bigtrain.slurm.record import SubmittedRun, remembered
 
 _TAIL_BYTES = 65_536
+_INDICES = re.compile(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +72,9 @@ def find_jobs(target: str, *, environment: Mapping[str, str]) -> list[Found]:
                 found.append(Found(job_id=run.job_id, cluster=record.cluster, runs=[run]))
                 break
         else:
-            if target in (record.job_id, record.name):
+            places = [os.path.realpath(run.output_dir) for run in record.runs]
+            is_place = directory == os.path.commonpath(places)  # above a sweep's runs
+            if target in (record.job_id, record.name) or is_place:
                 found.append(
                     Found(job_id=record.job_id or "", cluster=record.cluster, runs=record.runs)
                 )
@@ -157,7 +161,8 @@ def _remembered_states(job_id: str) -> Iterator[tuple[str, _Row]]:
         index = values.get("ArrayTaskId")
         state, elapsed = values.get("JobState", ""), values.get("RunTime", "")
         row = _Row(state=state, elapsed=elapsed, reason="")
-        yield (job_id if index is None else f"{job_id}_{index}"), row
+        for name in _names_of(job_id if index is None else f"{job_id}_[{index}]"):
+            yield name, row
 
 
 def _rows_of(text: str) -> dict[str, _Row]:
@@ -166,8 +171,21 @@ def _rows_of(text: str) -> dict[str, _Row]:
         job_id, state, elapsed, reason = [*line.split("|", 3), "", "", ""][:4]
         reason = "" if reason == "None" else reason
         # `CANCELLED by 1000` in the accounting.
-        rows[job_id] = _Row(state=state.split(" ")[0], elapsed=elapsed, reason=reason)
+        row = _Row(state=state.split(" ")[0], elapsed=elapsed, reason=reason)
+        rows |= dict.fromkeys(_names_of(job_id), row)
     return rows
+
+
+def _names_of(job_id: str) -> list[str]:
+    """One for each task of an array: those that never started share a line, `12_[0,2-8:2%1]`."""
+    array, bracket, tasks = job_id.partition("_[")
+    return [f"{array}_{index}" for index in _indices(tasks)] if bracket else [job_id]
+
+
+def _indices(text: str) -> Iterator[int]:
+    for part in re.split(r"[%\]]", text)[0].split(","):
+        if found := _INDICES.fullmatch(part):  # Slurm cuts off a long list, with ...
+            yield from range(int(found[1]), int(found[2] or found[1]) + 1, int(found[3] or 1))
 
 
 def _job(run: SubmittedRun, nodes: int, states: Mapping[str, _Row]) -> Job:

@@ -1,4 +1,5 @@
-"""What the nodes of a partition have, so that a job can ask for its fair share of their CPUs."""
+"""What the nodes of a partition have: a job asks for its fair share of their CPUs, and is planned
+for no more than their memory."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ from bigtrain.errors import LaunchError
 from bigtrain.slurm import client
 
 _GPUS = re.compile(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)")
+_UNSET_MIB = 1
+"""The memory that Slurm tells of nodes for which slurm.conf gives no RealMemory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class Partition:
     shapes: tuple[NodeShape, ...]
     numbers: tuple[int, ...]
     """How many nodes of each kind there are, whatever they are doing."""
+    largest_memory_mib: int | None = None
+    """Of the node that has the most; None where Slurm knows of none."""
 
     @property
     def has_gpus(self) -> bool:
@@ -75,11 +80,9 @@ def partition_names() -> str:
 
 
 def _ask(partition: str | None) -> Partition | None:
-    command = ["sinfo", "--noheader", "--exact", "--format=%R|%D|%c|%G"]
+    command = ["sinfo", "--noheader", "--exact", "--format=%P|%D|%c|%m|%G"]
     if partition is not None:
         command.append(f"--partition={partition}")
-    else:
-        command[-1] = "--format=%P|%D|%c|%G"
     try:
         return read_shapes(client.call(command), default_only=partition is None)
     except LaunchError:
@@ -87,15 +90,24 @@ def _ask(partition: str | None) -> Partition | None:
 
 
 def read_shapes(text: str, *, default_only: bool) -> Partition | None:
-    """Of every line `partition|nodes|cpus|gres`; a default partition's name ends in `*`."""
+    """Of every line `partition|nodes|cpus|MiB|gres`; a default partition's name ends in `*`."""
     found: dict[NodeShape, int] = {}
+    largest = _UNSET_MIB
     for line in text.splitlines():
-        name, number, cpus, gres = [*line.split("|", 3), "", "", ""][:4]
-        cpus = cpus.rstrip("+")
-        is_row = cpus.isdigit() and number.isdigit()
+        name, number, cpus, memory, gres = [*line.split("|", 4), *[""] * 4][:5]
+        cpus, memory = cpus.rstrip("+"), memory.rstrip("+")
+        is_row = cpus.isdecimal() and number.isdecimal()
         if not is_row or (default_only and not name.endswith("*")):
             continue
         gpus = sum(int(count) for count in _GPUS.findall(gres))
         shape = NodeShape(cpus=int(cpus), gpus=gpus)
         found[shape] = found.get(shape, 0) + int(number)
-    return Partition(shapes=tuple(found), numbers=tuple(found.values())) if found else None
+        if memory.isdecimal():
+            largest = max(largest, int(memory))
+    if not found:
+        return None
+    return Partition(
+        shapes=tuple(found),
+        numbers=tuple(found.values()),
+        largest_memory_mib=largest if largest > _UNSET_MIB else None,
+    )

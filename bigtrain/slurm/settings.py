@@ -15,6 +15,7 @@ from bigtrain.slurm.options import place_of, read_options
 # `NAME=value` in bash; a value that begins so is not written there but found when the job runs.
 _ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_]\w*)=[\"']?([^\s\"']+)")
 _COMPUTED = ("$", "`", "<")
+_PLACES = ("_PATH", "_FILE", "_DIR")
 _GPU_COUNT = re.compile(r"(?:.*:)?(\d+)(?:\(.*\))?")
 
 
@@ -45,9 +46,10 @@ class SlurmSettings:
     @property
     def gpus_per_node(self) -> int | None:
         """GPUs of one node that the options ask for; None where they say nothing of it."""
-        text = self.options.get("gpus-per-node") or _gpus_of_gres(self.options.get("gres"))
-        match = _GPU_COUNT.fullmatch(text) if text else None
-        return int(match[1]) if match else None
+        said = self.options.get("gpus-per-node")
+        texts = said.split(",") if said else _gpus_of_gres(self.options.get("gres"))
+        counts = [int(match[1]) for match in map(_GPU_COUNT.fullmatch, texts) if match]
+        return sum(counts) if counts else None
 
     @property
     def new_starts(self) -> int:
@@ -73,14 +75,16 @@ def read_settings(
     origins = origins or {}
     faults: list[str] = []
     ours: dict[str, Any] = {}
-    for key, read in _OWN_KEYS.items():
-        if section.get(key) is None:
-            continue
-        try:
-            ours[key] = read(section[key])
-        except ValueError as fault:
-            faults.append(f"{place_of(key, origins)}: {fault}")
-    others = {key: value for key, value in section.items() if key not in _OWN_KEYS}
+    others: dict[str, Any] = {}
+    for key, value in section.items():
+        name = key.replace("-", "_")
+        if name not in _OWN_KEYS:
+            others[key] = value
+        elif value is not None:
+            try:
+                ours[name] = _OWN_KEYS[name](value)
+            except ValueError as fault:
+                faults.append(f"{place_of(key, origins)}: {fault}")
     try:
         options = read_options(others, origins=origins)
     except ConfigError as error:
@@ -94,19 +98,26 @@ def read_settings(
     return SlurmSettings(options=said, left_out=left_out, **ours)
 
 
-def _gpus_of_gres(gres: str | None) -> str | None:
-    """`gpu:a100:4` of `gpu:a100:4,nvme:1`; one GPU where no number is given."""
-    for item in (gres or "").split(","):
-        kind, _, rest = item.removeprefix("gres/").partition(":")
-        if kind == "gpu":
-            return rest if rest.rpartition(":")[2].isdigit() else "1"
-    return None
+def _gpus_of_gres(gres: str | None) -> list[str]:
+    """`a100:4` and `1` of `gpu:a100:4,nvme:1,gpu`: one GPU where no number is given."""
+    items = [item.removeprefix("gres/").partition(":") for item in (gres or "").split(",")]
+    named = [rest for kind, _, rest in items if kind == "gpu"]
+    return [rest if rest.rpartition(":")[2].isdecimal() else "1" for rest in named]
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\0" in value:
         raise ValueError(f"{value!r} is not text")
     return value
+
+
+def _place(value: Any) -> str:
+    """A file, or a name that is looked for later; `~` is the home of who submits."""
+    text = _text(value)
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        raise ValueError(f"{value!r}: there is no such home directory") from None
 
 
 def _words(value: Any) -> tuple[str, ...]:
@@ -124,7 +135,7 @@ def _truth(value: Any) -> bool:
 
 
 def _count(value: Any) -> int:
-    value = int(value) if isinstance(value, str) and value.isdigit() else value
+    value = int(value) if isinstance(value, str) and value.isdecimal() else value
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise ValueError(f"{value!r} is not a whole number from 0 on")
     return value
@@ -132,7 +143,8 @@ def _count(value: Any) -> int:
 
 def _setup(value: Any) -> str:
     for name, said in _ASSIGNMENT.findall(_text(value)):
-        if looks_secret(name) and said[:1] not in _COMPUTED:
+        is_elsewhere = said[:1] in _COMPUTED or (name.upper().endswith(_PLACES) and "/" in said)
+        if looks_secret(name) and not is_elsewhere:
             raise ValueError(f"{name}: {SECRET_ADVICE}")
     if holds_token(value):
         raise ValueError(f"a token stands in it: {SECRET_ADVICE}")
@@ -142,8 +154,8 @@ def _setup(value: Any) -> str:
 _OWN_KEYS = {
     "modules": _words,
     "setup": _setup,
-    "python": _text,
-    "template": _text,
+    "python": _place,
+    "template": _place,
     "snapshot": _truth,
     "max_requeues": _count,
     "spare_nodes": _count,

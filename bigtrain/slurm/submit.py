@@ -19,7 +19,7 @@ from bigtrain.planning.output_dir import plan_path
 from bigtrain.sections import ClusterSection
 from bigtrain.share import bundled_file
 from bigtrain.slurm import client
-from bigtrain.slurm.client import NoAnswerError
+from bigtrain.slurm.client import Answer, NoAnswerError
 from bigtrain.slurm.partition import Survey, partition_names
 from bigtrain.slurm.provenance import CodeState, hash_file, read_code_state, read_diff
 from bigtrain.slurm.record import SubmissionRecord, record_path, remember
@@ -78,7 +78,7 @@ def submit(
     try:
         record, notes = _write(request, text, code=code, snapshot=snapshot, claimed=claimed)
         notes += [*_jobs_in_the_way(request), *_too_many_nodes(request, survey)]
-        printed = _queue(Path(record.script), request, cwd=cwd)
+        answer = _queue(Path(record.script), request, cwd=cwd)
     except NoAnswerError as error:  # all is left as it is: the job may be in the queue
         raise LaunchError(
             f"{error}\nthe job may have been taken all the same: squeue --me"
@@ -88,7 +88,8 @@ def submit(
         if isinstance(error, BigtrainError):
             raise
         raise LaunchError(f"nothing was submitted: {error}; give another --output-dir") from None
-    return _taken(request, record, printed, notes=notes, environment=environment)
+    notes += answer.remarks
+    return _taken(request, record, answer.printed.strip(), notes=notes, environment=environment)
 
 
 def _write(
@@ -307,11 +308,11 @@ def _record(
     )
 
 
-def _queue(script: Path, request: JobRequest, *, cwd: Path) -> str:
-    """What sbatch printed: the job's number, and `;cluster` behind it where it was told of one."""
+def _queue(script: Path, request: JobRequest, *, cwd: Path) -> Answer:
+    """sbatch's: the job's number, and `;cluster` behind it where it was told of one."""
     command = ["sbatch", "--parsable", *sbatch_flags(request), str(script)]
     try:
-        return client.call(command, cwd=cwd).strip()
+        return client.ask(command, cwd=cwd)
     except NoAnswerError:
         raise
     except LaunchError as error:

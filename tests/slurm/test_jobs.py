@@ -139,12 +139,43 @@ def test_a_sweep_is_ended_as_a_whole_or_by_run(home: Path) -> None:
     runs = [["tiny/seed=1", "runs/tiny/seed=1"], ["tiny/seed=2", "runs/tiny/seed=2"]]
     _submitted(home, "12", sweep=runs, output_dir="runs/tiny/seed=1")
     (home / "queue").write_text("12_0|RUNNING|1:00|None\n12_1|PENDING|0:00|Priority\n")
-    for target in ("tiny/seed=2", "12_0", "tiny", "12"):
+    for target in ("tiny/seed=2", "12_0", "tiny", "12", "runs/tiny", f"{home}/runs/tiny/"):
         cancel(target, environment=_environment(home))
-    assert _told(home) == ["12_1", "12_0", "12", "12"]
+    assert _told(home) == ["12_1", "12_0", "12", "12", "12", "12"]
+    with pytest.raises(LaunchError, match="runs is no job, run or output directory"):
+        cancel("runs", environment=_environment(home))
 
     (home / "queue").write_text("12_1|RUNNING|1:00|None\n")
     done = CliRunner().invoke(app, ["jobs"])
     assert [line.split()[:3] for line in done.output.splitlines()[1:]] == [
         ["12_1", "tiny/seed=2", "RUNNING"]
     ]
+
+
+SACCT = """\
+12_0|COMPLETED|1:00|None
+12_[1,3-5%2]|CANCELLED by 0|0:00|None
+12_[2-6:4]|FAILED|0:00|None
+12_[7,...]|FAILED|0:00|None
+"""
+SCONTROL = """\
+JobId=13 ArrayJobId=12 ArrayTaskId=0 JobState=COMPLETED RunTime=1:00
+JobId=12 ArrayJobId=12 ArrayTaskId=1,3-5%2 JobState=CANCELLED RunTime=0:00
+JobId=12 ArrayJobId=12 ArrayTaskId=2-6:4 JobState=FAILED RunTime=0:00
+JobId=12 ArrayJobId=12 ArrayTaskId=7,... JobState=FAILED RunTime=0:00
+"""
+
+
+@pytest.mark.parametrize(("program", "text"), [("sacct", SACCT), ("scontrol", SCONTROL)])
+def test_runs_of_a_sweep_that_never_started_are_told_apart(
+    home: Path, program: str, text: str
+) -> None:
+    runs = [[f"tiny/seed={k}", f"runs/tiny/seed={k}"] for k in range(9)]
+    _submitted(home, "12", sweep=runs)
+    (home / program).write_text(f"#!/bin/bash\ncat <<END\n{text}END\n")
+
+    found = list_jobs(environment=_environment(home), ended=True)
+
+    cancelled, failed = "CANCELLED", "FAILED"
+    states = ["COMPLETED", cancelled, failed, cancelled, cancelled, cancelled, failed, failed]
+    assert [job.state for job in found] == [*states, "GONE"]

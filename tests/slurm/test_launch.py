@@ -118,6 +118,10 @@ def test_a_sweep_is_an_array_with_a_plan_for_every_combination(folder: Path) -> 
             "did you mean 'partition'?",
         ),
         (
+            ["--slurm", "--engine", "auto", "--sbatch", "qoss=high"],
+            "flag --sbatch: cluster.slurm.qoss: sbatch has no such option; did you mean 'qos'?",
+        ),
+        (
             ["--slurm", "--set", "cluster.slurm.qoss=high"],
             "--set: cluster.slurm.qoss: sbatch has no such option; did you mean 'qos'?",
         ),
@@ -157,6 +161,22 @@ def test_a_sweep_is_an_array_with_a_plan_for_every_combination(folder: Path) -> 
         (
             ["--nodes", "2", "--node-rank", "0", "--rdzv-endpoint", "node1"],
             "flag --rdzv-endpoint: 'node1' is not HOST:PORT, as in node1:29400",
+        ),
+        (
+            ["--nodes", "²"],
+            "flag --nodes: '²' is not a whole number from 1 on",
+        ),
+        (
+            ["--nodes", "²:4", "--rdzv-endpoint", "h:29400"],
+            "flag --nodes: '²:4' is not a range of numbers, as in 2:4",
+        ),
+        (
+            ["--nodes", "2", "--node-rank", "0", "--rdzv-endpoint", "h:²"],
+            "flag --rdzv-endpoint: 'h:²' is not HOST:PORT, as in node1:29400",
+        ),
+        (
+            ["--nodes", "2", "--node-rank", "0", "--rdzv-endpoint", "http://h:29400", "--dry-run"],
+            "flag --rdzv-endpoint: 'http://h:29400' is not HOST:PORT, as in node1:29400",
         ),
         (
             ["--nodes", "2:4"],

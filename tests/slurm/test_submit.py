@@ -152,6 +152,16 @@ def test_a_job_that_slurm_did_not_take_leaves_nothing(folder: Path) -> None:
     assert not (folder / "runs" / "tiny").exists()
 
 
+def test_words_of_slurm_s_in_another_encoding_are_told_and_leave_nothing(folder: Path) -> None:
+    _command(folder.parent, "sbatch", "#!/bin/bash\nprintf 'no caf\\xe9 today\\n' >&2; exit 1\n")
+
+    done = _launch(folder, "--slurm")
+
+    assert done.returncode == 5
+    assert "sbatch failed with exit code 1\n  no caf\ufffd today\n" in done.stderr
+    assert not (folder / "runs" / "tiny").exists()
+
+
 def test_a_directory_that_can_not_be_written_to_is_refused_in_words(folder: Path) -> None:
     (folder / "runs" / "tiny").mkdir(parents=True)
     (folder / "runs" / "tiny" / "slurm").write_text("a file")
@@ -280,6 +290,16 @@ def test_a_git_that_is_slow_keeps_no_node_waiting(
         provenance.changes(then, patience_s=0.2)
 
 
+def test_what_sbatch_remarks_of_a_job_that_it_takes_is_passed_on(folder: Path) -> None:
+    remark = "sbatch: warning: your project has 3 GPU-hours left"
+    _command(folder.parent, "sbatch", f"#!/bin/bash\necho 123; printf '{remark}\\n\\nbye\\n' >&2\n")
+
+    done = _launch(folder, "--slurm")
+
+    assert done.stdout.startswith("job 123, ")
+    assert done.stderr == f"note: {remark}\nnote: bye\n"
+
+
 def test_a_second_job_for_the_same_directory_is_said(folder: Path) -> None:
     again = ["--slurm", "--set", "training.overwrite_output_dir=true"]
     _command(folder.parent, "squeue", "#!/bin/bash\n[ $3 = --jobs=123 ] && echo RUNNING\n")
@@ -297,8 +317,8 @@ def test_a_second_job_for_the_same_directory_is_said(folder: Path) -> None:
 
 
 def test_a_job_for_more_nodes_than_there_are_is_said_to_wait(folder: Path) -> None:
-    row = """case "$*" in *%c*) echo 'debug*|3|8|gpu:1'; echo 'debug*|1|8|gpu:2';; esac"""
-    _command(folder.parent, "sinfo", f"#!/bin/bash\n{row}\n")
+    rows = "echo 'debug*|3|8|1|gpu:1'; echo 'debug*|1|8|1|gpu:2'"
+    _command(folder.parent, "sinfo", f"#!/bin/bash\n{rows}\n")
 
     def notes(number: int, *more: str) -> str:
         again = ("--set", "training.overwrite_output_dir=true", *more)
