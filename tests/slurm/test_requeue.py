@@ -15,7 +15,8 @@ from bigtrain.share import bundled_file
 from bigtrain.slurm.script import JobRequest, render
 
 SCRIPTS = ["train.sbatch", "apptainer.sbatch", "own_script.sbatch"]
-SQUEUE = """\
+ALONE = '[[ "$*" = *%A* ]] && echo "5000 RUNNING 5000" || echo RUNNING'
+ARRAY = """\
 case "$*" in
   *%A*) columns='4713 RUNNING 4712_0|4712 RUNNING 4712_1' ;;
   *--job=4712_*) columns=RUNNING ;;
@@ -47,7 +48,7 @@ def run(tmp_path: Path) -> Callable[..., Ended]:
     def run_script(
         script: str,
         *,
-        squeue: str = SQUEUE,
+        squeue: str = ALONE,
         scontrol: str = "",
         runs: int = 1,
         **environment: str,
@@ -95,7 +96,7 @@ def test_the_job_of_an_array_that_has_the_arrays_number_puts_itself_alone_back(
     run: Callable[..., Ended], script: str
 ) -> None:
     array = {"SLURM_ARRAY_JOB_ID": "4712", "SLURM_ARRAY_TASK_ID": "1"}
-    ended = run(script, runs=2, SLURM_JOB_ID="4712", **array)
+    ended = run(script, squeue=ARRAY, runs=2, SLURM_JOB_ID="4712", **array)
     assert (ended.code, ended.requeued) == (85, ["requeue 4712_1"])
 
 
@@ -103,9 +104,8 @@ def test_the_job_of_an_array_that_has_the_arrays_number_puts_itself_alone_back(
 def test_a_job_that_one_of_an_array_has_submitted_puts_itself_back(
     run: Callable[..., Ended], script: str
 ) -> None:
-    squeue = '[[ "$*" = *%A* ]] && echo "5000 RUNNING 5000" || echo RUNNING'
     inherited = {"SLURM_ARRAY_JOB_ID": "4712", "SLURM_ARRAY_TASK_ID": "1"}
-    ended = run(script, squeue=squeue, SLURM_JOB_ID="5000", **inherited)
+    ended = run(script, SLURM_JOB_ID="5000", **inherited)
     assert ended.requeued == ["requeue 5000"]
 
 
@@ -113,6 +113,45 @@ def test_a_job_that_one_of_an_array_has_submitted_puts_itself_back(
 def test_what_was_cancelled_while_it_saved_is_not_put_back(
     run: Callable[..., Ended], script: str
 ) -> None:
-    squeue = '[[ "$*" = *%A* ]] && echo "5000 COMPLETING 5000" || echo COMPLETING'
+    squeue = ALONE.replace("RUNNING", "COMPLETING")
     ended = run(script, squeue=squeue, SLURM_JOB_ID="5000")
     assert (ended.code, ended.requeued, ended.output) == (85, [], "")
+
+
+UNHEARD = "echo 'squeue: error: Socket timed out on send/recv operation' >&2; exit 1"
+
+
+def _from_third_call_on(counter: Path, text: str) -> str:
+    """A command that fails twice."""
+    return f'echo >>{counter}; [ "$(wc -l <{counter})" -gt 2 ] || {{ {UNHEARD}; }}\n{text}'
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_controller_that_is_busy_for_a_while_costs_no_new_start(
+    run: Callable[..., Ended], tmp_path: Path, script: str
+) -> None:
+    squeue = _from_third_call_on(tmp_path / "squeues", ALONE)
+    scontrol = _from_third_call_on(tmp_path / "scontrols", "")
+    ended = run(script, squeue=squeue, scontrol=scontrol, SLURM_JOB_ID="5000")
+    assert ended.code == 85
+    assert ended.requeued == ["requeue 5000"] * 3
+    assert "did not put" not in ended.output
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_controller_that_never_answers_is_said_with_what_to_type(
+    run: Callable[..., Ended], script: str
+) -> None:
+    ended = run(script, squeue=UNHEARD, SLURM_JOB_ID="5000")
+    assert (ended.code, ended.requeued) == (85, [])
+    (said,) = [line for line in ended.output.splitlines() if "did not put" in line]
+    assert "scontrol requeue" in said
+    assert "5000" in said
+
+
+def test_a_requeue_that_slurm_refuses_is_said(run: Callable[..., Ended]) -> None:
+    ended = run("train.sbatch", squeue="echo RUNNING", scontrol="exit 1", SLURM_JOB_ID="5000")
+    assert (ended.code, set(ended.requeued)) == (85, {"requeue 5000"})
+    assert ended.output.endswith(
+        "bigtrain: Slurm did not put the job back into the queue; to go on: scontrol requeue 5000\n"
+    )
