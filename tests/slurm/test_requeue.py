@@ -13,6 +13,7 @@ from slurm_plans import make_plan
 
 from bigtrain.share import bundled_file
 from bigtrain.slurm.script import JobRequest, render
+from bigtrain.slurm.settings import SlurmSettings
 
 SCRIPTS = ["train.sbatch", "apptainer.sbatch", "own_script.sbatch"]
 ALONE = '[[ "$*" = *%A* ]] && echo "5000 RUNNING 5000" || echo RUNNING'
@@ -37,7 +38,7 @@ class Ended:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Ended]:
-    """A script whose run ends with 85: `run(script, squeue=, scontrol=, runs=, **environment)`."""
+    """A script whose run ends with 85: `run(script, setup=, squeue=, …)`."""
     place = tmp_path / "bin"
     place.mkdir()
 
@@ -48,6 +49,7 @@ def run(tmp_path: Path) -> Callable[..., Ended]:
     def run_script(
         script: str,
         *,
+        setup: str = "",
         squeue: str = ALONE,
         scontrol: str = "",
         runs: int = 1,
@@ -58,7 +60,7 @@ def run(tmp_path: Path) -> Callable[..., Ended]:
         command("squeue", squeue)
         command("scontrol", f'echo "$*" >>{tmp_path}/scontrol.log\n{scontrol}')
         done = subprocess.run(
-            ["bash", _written(script, tmp_path, runs=runs), "run.yaml"],
+            ["bash", _written(script, tmp_path, runs=runs, setup=setup), "run.yaml"],
             env={
                 "PATH": f"{place}:{os.environ['PATH']}",
                 "SLURM_SUBMIT_DIR": str(tmp_path),
@@ -80,12 +82,14 @@ def run(tmp_path: Path) -> Callable[..., Ended]:
     return run_script
 
 
-def _written(script: str, folder: Path, *, runs: int) -> Path:
+def _written(script: str, folder: Path, *, runs: int, setup: str) -> Path:
     text = bundled_file(f"slurm/{script}").read_text()
     if script != "own_script.sbatch":
         plans = [make_plan(output_dir=folder / str(k), source=folder / "t.py") for k in range(runs)]
         paths = tuple(folder / f"{k}.json" for k in range(runs))
-        text = render(JobRequest(plans=tuple(plans), plan_paths=paths), template=text)
+        settings = SlurmSettings(setup=setup)
+        request = JobRequest(plans=tuple(plans), plan_paths=paths, settings=settings)
+        text = render(request, template=text)
     path = folder / "job.sbatch"
     path.write_text(text)
     return path
@@ -155,3 +159,12 @@ def test_a_requeue_that_slurm_refuses_is_said(run: Callable[..., Ended]) -> None
     assert ended.output.endswith(
         "bigtrain: Slurm did not put the job back into the queue; to go on: scontrol requeue 5000\n"
     )
+
+
+@pytest.mark.parametrize("script", ["train.sbatch", "apptainer.sbatch"])
+def test_a_setup_may_extend_a_variable_that_is_not_set(
+    run: Callable[..., Ended], script: str
+) -> None:
+    ended = run(script, setup="export UNKNOWN=/x:$UNKNOWN", SLURM_JOB_ID="5000")
+    assert ended.requeued == ["requeue 5000"]
+    assert "unbound" not in ended.output
