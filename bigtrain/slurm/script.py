@@ -52,6 +52,12 @@ class JobRequest:
         shapes = {(plan.topology, plan.device) for plan in self.plans}
         if len(shapes) != 1 or len(self.plans) != len(self.plan_paths):
             raise ConfigError("the runs of a sweep must have the same nodes, processes and device")
+        unlike = _unlike_options(self.plans)
+        if unlike:
+            raise ConfigError(
+                f"{', '.join(f'cluster.slurm.{key}' for key in unlike)}: a sweep is one job array, "
+                "whose jobs all have the same options; sweep something else, or submit twice"
+            )
 
     @property
     def plan(self) -> RunPlan:
@@ -160,6 +166,13 @@ def node_command(request: JobRequest) -> list[str]:
     _, flag, code, root, *rest = interpreter_command(NODE_MODULE, *paths)
     interpreter = settings.python or sys.executable
     return [interpreter, flag, code, request.package_root or root, *rest]
+
+
+def _unlike_options(plans: Sequence[RunPlan]) -> list[str]:
+    """Keys of `cluster.slurm` that do not say the same in all of them."""
+    sections, first = [plan.slurm for plan in plans], plans[0].slurm
+    keys = sorted({key for section in sections for key in section})
+    return [k for k in keys if any(section.get(k) != first.get(k) for section in sections)]
 
 
 def _gpu_options(request: JobRequest) -> dict[str, str | None]:

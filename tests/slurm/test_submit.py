@@ -129,6 +129,16 @@ def test_a_dry_run_starts_nothing_on_whatever_way(
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
 
 
+def test_a_sweep_over_options_of_sbatch_is_refused_before_anything_is_written(
+    folder: Path,
+) -> None:
+    for more in ([], ["--dry-run"]):
+        done = _launch(folder, "--slurm", "--sweep", "cluster.slurm.partition=a,b", *more)
+        assert done.returncode == 2
+        assert "cluster.slurm.partition: a sweep is one job array" in done.stderr
+    assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
+
+
 def test_a_job_that_slurm_has_taken_is_told_though_it_can_not_be_listed(folder: Path) -> None:
     state = folder.parent / "state"
     state.write_text("a file where a directory should be")
