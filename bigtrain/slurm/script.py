@@ -4,7 +4,7 @@ The template is plain bash with three comment lines that are replaced:
 
     # @options   the #SBATCH lines
     # @setup     modules, and the user's own preparations
-    # @run       srun_options=(…), node_command=(…), max_requeues and record_dir
+    # @run       srun_options=(…), node_command=(…), max_requeues, record_dir and job
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bigtrain.slurm.time_limit import signal_lead_s
 
 NODE_MODULE = "bigtrain.slurm.node"
 _PLACEHOLDERS = ("# @options", "# @setup", "# @run")
+_ABOUT_JOB = "# One job of an array has the array's own number, which stands for all of them."
 _ABOUT_COMMAND = (
     "# Python, with bigtrain's folder first on its module path instead of this directory."
 )
@@ -51,6 +52,12 @@ class JobRequest:
         shapes = {(plan.topology, plan.device) for plan in self.plans}
         if len(shapes) != 1 or len(self.plans) != len(self.plan_paths):
             raise ConfigError("the runs of a sweep must have the same nodes, processes and device")
+        unlike = _unlike_options(self.plans)
+        if unlike:
+            raise ConfigError(
+                f"{', '.join(f'cluster.slurm.{key}' for key in unlike)}: a sweep is one job array, "
+                "whose jobs all have the same options; sweep something else, or submit twice"
+            )
 
     @property
     def plan(self) -> RunPlan:
@@ -161,6 +168,13 @@ def node_command(request: JobRequest) -> list[str]:
     return [interpreter, flag, code, request.package_root or root, *rest]
 
 
+def _unlike_options(plans: Sequence[RunPlan]) -> list[str]:
+    """Keys of `cluster.slurm` that do not say the same in all of them."""
+    sections, first = [plan.slurm for plan in plans], plans[0].slurm
+    keys = sorted({key for section in sections for key in section})
+    return [k for k in keys if any(section.get(k) != first.get(k) for section in sections)]
+
+
 def _gpu_options(request: JobRequest) -> dict[str, str | None]:
     settings, procs = request.settings, request.plan.topology.procs_per_node
     asked = settings.gpus_per_node
@@ -199,10 +213,19 @@ def _run_lines(request: JobRequest) -> list[str]:
     return [
         f"max_requeues={request.settings.new_starts}",
         f"record_dir={shlex.quote(str(Path(request.plan.output_dir) / 'slurm'))}",
+        *_job_lines(request),
         *_array("srun_options", [_option(k, v) for k, v in srun_options(request).items()]),
         *([] if request.settings.finds_bigtrain else [_ABOUT_COMMAND]),
         *_array("node_command", node_command(request)),
     ]
+
+
+def _job_lines(request: JobRequest) -> list[str]:
+    """The job's name for Slurm's commands. Not of the variables alone: what an array's job submits
+    inherits them."""
+    if len(request.plans) == 1:
+        return ["job=$SLURM_JOB_ID"]
+    return [_ABOUT_JOB, "job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"]
 
 
 def _array(name: str, words: Sequence[str]) -> list[str]:

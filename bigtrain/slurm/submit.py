@@ -48,7 +48,9 @@ def describe(
     plans: RunPlan | Sequence[RunPlan], *, settings: SlurmSettings, survey: Survey | None = None
 ) -> str:
     """The batch script that `submit` would hand over, and nothing else happens."""
-    return _rendered(_request(_several(plans), settings, survey or Survey()))
+    plans = _several(plans)
+    snapshot = Snapshot.of(plans[0], _code_state(plans)) if settings.snapshot else None
+    return _rendered(_request(plans, settings, survey or Survey(), snapshot=snapshot))
 
 
 def submit(
@@ -66,13 +68,9 @@ def submit(
     """
     plans = _several(plans)
     survey = survey or Survey()
-    places = [plan.output_dir for plan in plans]
-    cwd = Path(plans[0].working_dir)
-    code = read_code_state(cwd, outputs=[Path(os.path.commonpath(places))])
+    cwd, code = Path(plans[0].working_dir), _code_state(plans)
     snapshot = Snapshot.of(plans[0], code) if settings.snapshot else None
-    if snapshot is not None:
-        plans = tuple(snapshot.moved(plan) for plan in plans)
-    request = _request(plans, settings, survey, package_root=_moved_package(snapshot))
+    request = _request(plans, settings, survey, snapshot=snapshot)
     text = _rendered(request)
     claimed: list[RunPlan] = []
     try:
@@ -193,6 +191,11 @@ def gpus_of_nodes(cluster: ClusterSection, *, survey: Survey) -> int:
     return 0 if partition is not None and not partition.has_gpus else cluster.procs_per_node or 0
 
 
+def _code_state(plans: Sequence[RunPlan]) -> CodeState | None:
+    outputs = [Path(os.path.commonpath([plan.output_dir for plan in plans]))]
+    return read_code_state(Path(plans[0].working_dir), outputs=outputs)
+
+
 def _several(plans: RunPlan | Sequence[RunPlan]) -> tuple[RunPlan, ...]:
     several = (plans,) if isinstance(plans, RunPlan) else tuple(plans)
     places = [plan.output_dir for plan in several]
@@ -206,7 +209,7 @@ def _request(
     settings: SlurmSettings,
     survey: Survey,
     *,
-    package_root: str | None = None,
+    snapshot: Snapshot | None,
 ) -> JobRequest:
     if plans[0].max_restarts:
         raise ConfigError(
@@ -218,12 +221,14 @@ def _request(
             "cluster.slurm.spare_nodes: a spare node has no part of a checkpoint that each node "
             "keeps on its own disk (training.save_on_each_node); leave out one of the two"
         )
+    if snapshot is not None:
+        plans = tuple(snapshot.moved(plan) for plan in plans)
     return JobRequest(
         plans=plans,
         plan_paths=tuple(plan_path(plan) for plan in plans),
         settings=settings,
         cpus_per_task=_share_of_cpus(settings, _gpus_of_node(plans[0]), survey),
-        package_root=package_root,
+        package_root=_moved_package(snapshot),
         last_save_s=last_save_s(Path(plans[0].output_dir)),
     )
 

@@ -44,11 +44,20 @@ def of_job(environment: Mapping[str, str]) -> TimeLimit | None:
     if not job_id.isdigit():
         return None
     try:
-        text = client.call(["squeue", "--noheader", "--format=%S|%e", f"--jobs={job_id}"])
-        starts, _, ends = text.strip().partition("|")
+        text = client.call(["squeue", "--noheader", "--format=%A|%S|%e", f"--jobs={job_id}"])
+        starts, ends = _row_of(job_id, text)
         return TimeLimit(starts=_read_stamp(starts), ends=_read_stamp(ends))
     except (LaunchError, ValueError, OverflowError):
         return _of_variables(environment)
+
+
+def _row_of(job_id: str, text: str) -> list[str]:
+    """Start and end: a number that is an array's too is answered with all of the array's jobs.
+    ValueError where none of them is this one."""
+    for number, *times in (line.strip().split("|") for line in text.splitlines()):
+        if number == job_id and len(times) == 2:
+            return times
+    raise ValueError(f"squeue does not tell of job {job_id}")
 
 
 def _of_variables(environment: Mapping[str, str]) -> TimeLimit | None:

@@ -263,7 +263,7 @@ def test_the_notice_leaves_time_for_two_saves_as_long_as_the_last_one(folder: Pa
 
 SQUEUE = """\
 #!/bin/bash
-echo "$(date --date='-1 hour' +%FT%T)|$(date --date='+60 seconds' +%FT%T)"
+echo "7|$(date --date='-1 hour' +%FT%T)|$(date --date='+60 seconds' +%FT%T)"
 """
 LEAVES = """\
 import signal, sys, time

@@ -299,3 +299,46 @@ def test_a_sweep_is_an_array_whose_jobs_take_one_plan_each(
         (f"{taken.job_id}_{k}", f"trial/{k}", "COMPLETED", str(tmp_path / f"out{k}"))
         for k in range(2)
     ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_a_sweep_exactly_the_run_that_was_given_notice_is_started_again(
+    bed: Testbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, index: int
+) -> None:
+    for name, value in bed.environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "train.py").write_text(PLAIN)
+    marks = [tmp_path / f"marks{k}" for k in range(2)]
+    plans = []
+    for k, place in enumerate(marks):
+        place.mkdir()
+        plans.append(
+            make_plan(
+                name=f"trial/{k}",
+                output_dir=tmp_path / f"out{k}",
+                source=tmp_path / "train.py",
+                script_args=("wait" if k == index else "pass", str(place)),
+                nodes=1,
+                preload=(),
+            )
+        )
+    settings = read_settings({"cpus_per_task": 1})
+    taken = submit(plans, settings=settings, environment={"XDG_STATE_HOME": str(tmp_path)})
+    noticed, other = (f"{taken.job_id}_{k}" for k in (index, 1 - index))
+    bed.wait_for(other, "COMPLETED")
+    _wait_until_there(marks[index] / "started-0-0")
+    bed.run("scancel", "--signal=USR2", noticed)
+    _wait_until_there(marks[index] / "started-0-1")
+    assert bed.wait_for(noticed, "COMPLETED")["Restarts"] == "1"
+    assert bed.job(other)["Restarts"] == "0"
+    assert not (marks[1 - index] / "started-0-1").exists()
+    log = tmp_path / f"slurm-{noticed}.out"
+    assert f"going on in a new start of job {noticed}" in log.read_text()
+
+
+def _wait_until_there(path: Path) -> None:
+    limit = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < limit, f"no {path}"
+        time.sleep(0.1)

@@ -158,3 +158,15 @@ def test_runs_of_different_shapes_are_no_sweep() -> None:
             plan_paths=(Path("/a"), Path("/b")),
             settings=SlurmSettings(),
         )
+
+
+def test_runs_with_different_options_of_sbatch_are_no_sweep() -> None:
+    with pytest.raises(ConfigError) as caught:
+        JobRequest(
+            plans=(plan(slurm={"qos": "x", "partition": "a"}), plan(slurm={"partition": "b"})),
+            plan_paths=(Path("/a"), Path("/b")),
+        )
+    assert str(caught.value) == (
+        "cluster.slurm.partition, cluster.slurm.qos: a sweep is one job array, whose jobs all have "
+        "the same options; sweep something else, or submit twice"
+    )

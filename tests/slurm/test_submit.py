@@ -48,10 +48,12 @@ def _command(home: Path, name: str, text: str) -> None:
     path.chmod(0o755)
 
 
-def _launch(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def _launch(
+    folder: Path, *words: str, target: str = "run.yaml", **environment: str
+) -> subprocess.CompletedProcess[str]:
     home = folder.parent
     return subprocess.run(
-        [sys.executable, "-m", "bigtrain", "launch", "run.yaml", *words],
+        [sys.executable, "-m", "bigtrain", "launch", target, *words],
         cwd=folder,
         env={"PATH": f"{home}/bin:/usr/bin:/bin", "HOME": str(home), **environment},
         capture_output=True,
@@ -126,6 +128,16 @@ def test_a_dry_run_starts_nothing_on_whatever_way(
 
     assert done.returncode == 0, done.stderr
     assert command in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
+
+
+def test_a_sweep_over_options_of_sbatch_is_refused_before_anything_is_written(
+    folder: Path,
+) -> None:
+    for more in ([], ["--dry-run"]):
+        done = _launch(folder, "--slurm", "--sweep", "cluster.slurm.partition=a,b", *more)
+        assert done.returncode == 2
+        assert "cluster.slurm.partition: a sweep is one job array" in done.stderr
     assert sorted(path.name for path in folder.iterdir()) == ["run.yaml"]
 
 
@@ -236,6 +248,68 @@ def test_a_snapshot_has_the_code_and_no_run(folder: Path) -> None:
     assert (copy / "link.py").readlink() == copy / "gone.py"
     plan = json.loads((folder / "runs/tiny/plans/attempt-03.json").read_text())
     assert (plan["working_dir"], plan["source"]) == (str(copy), str(copy / "run.yaml"))
+
+
+def test_a_snapshot_finds_what_lies_outside_of_the_work_tree_and_what_runs_have_written(
+    folder: Path,
+) -> None:
+    home = folder.parent
+    (home / "data").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (home / "data" / name).write_text("some text\n")
+    (folder / "here.txt").write_text("some text\n")
+    (folder / "linked").symlink_to("../data")
+    earlier = folder / "runs" / "earlier"
+    (earlier / "plans").mkdir(parents=True)
+    (earlier / "plans" / "attempt-01.json").write_text("{}")
+    (earlier / "tokens").mkdir()
+    (earlier / "tokens" / "tokenizer_config.json").write_text("{}")
+    files = "{train_files: [../data/*.txt, here.txt, linked/a.txt], eval_files: ../data/b.txt}"
+    run = RUN.replace("{name: builtin:python-docs, sequence_length: 128}", files)
+    run = run.replace("{kind: bytes}", "{name: runs/earlier/tokens}")
+    run = run.replace("use_cpu: true", "use_cpu: true, logging_dir: ../tensorboard, run_name: runs")
+    (folder / "run.yaml").write_text(run)
+    _git(folder, "init", "-q")
+    _git(folder, "add", "run.yaml", "linked", "here.txt")
+    _git(folder, "commit", "-q", "-m", "first")
+
+    done = _launch(folder, "--slurm", "--snapshot")
+
+    assert done.returncode == 0, done.stderr
+    plan = json.loads((folder / "runs/tiny/plans/attempt-01.json").read_text())
+    assert plan["data"]["train_files"] == [f"{home}/data/*.txt", "here.txt", "linked/a.txt"]
+    assert plan["data"]["eval_files"] == [f"{home}/data/b.txt"]
+    assert plan["tokenizer"]["name"] == str(earlier / "tokens")
+    assert plan["training"]["logging_dir"] == f"{home}/tensorboard"
+    assert plan["training"]["run_name"] == "runs"
+    copy = Path(plan["working_dir"])
+    assert (copy / "linked" / "a.txt").read_text() == "some text\n"
+    assert (copy / "here.txt").is_file()
+
+
+def test_a_script_of_a_snapshot_gets_no_path_that_would_lead_elsewhere(folder: Path) -> None:
+    (folder / "run.yaml").unlink()
+    (folder / "train.py").write_text("")
+    _committed(folder)
+    where = ("--slurm", "--snapshot", "--procs-per-node", "1", "--sbatch", "time=60")
+
+    done = _launch(folder, *where, "--", "--data=../data", "..", "./x", "-1", target="train.py")
+
+    assert done.returncode == 2
+    for word in ("--data=../data", ".."):
+        assert (
+            f"{word}: it leads out of {folder}, of which --snapshot runs a copy; give the script "
+            "an absolute path, or leave --snapshot out\n"
+        ) in done.stderr
+    assert "./x" not in done.stderr
+    assert not (folder / "runs").exists()
+
+
+def test_a_snapshot_of_no_work_tree_is_refused_by_a_dry_run_too(folder: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        done = _launch(folder, "--slurm", "--snapshot", *more)
+        assert done.returncode == 2
+        assert "is in no git work tree with a commit" in done.stderr
 
 
 def test_a_file_that_was_deleted_is_not_in_the_next_snapshot_of_the_same_attempt(
