@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer_utils import _is_peft_model, load_sharded_checkpoint
 
+from bigtrain.checkpoint.agreement import attempt
 from bigtrain.checkpoint.foreign import is_foreign
-from bigtrain.checkpoint.load import open_checkpoint
+from bigtrain.checkpoint.load import open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer.candidates import is_ours
@@ -34,6 +35,13 @@ class PlainWeights(Saving):
             return False
         return _is_peft_model(self.model) or not is_foreign(checkpoint)
 
+    def _restore_weights(self, checkpoint: Path) -> None:
+        """Of one that any engine reads, the weights, into the engine. All ranks call it, and where
+        one can't read its share, CheckpointError is raised on all."""
+        ranks = self.args.ranks
+        with attempt(ranks, lambda: open_checkpoint(checkpoint)) as loaded:
+            restore(self.engine, loaded, world=ranks, optimizer=False)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str | Path, model: nn.Module | None = None
     ) -> None:
@@ -46,8 +54,7 @@ class PlainWeights(Saving):
         model = self.model if model is None else model
         is_prepared = is_trained and self._is_prepared and not _is_peft_model(model)
         if is_ours(directory) and is_prepared:
-            with open_checkpoint(directory) as loaded:
-                self.engine.load_local_state(loaded.source, optimizer=False)
+            self._restore_weights(directory)
             return
         if self.engine.is_sharded and is_trained:
             raise CheckpointError(

@@ -20,7 +20,7 @@ from transformers.trainer_utils import (
     get_last_checkpoint,
 )
 
-from bigtrain.checkpoint.agreement import attempt, on_main
+from bigtrain.checkpoint.agreement import attempt, gather_all, on_main
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
@@ -311,8 +311,7 @@ class Resume(PlainWeights):
             self._load_from_checkpoint(checkpoint)
         else:
             self._prepare_to_evaluate()
-            with attempt(self.args.ranks, lambda: open_checkpoint(checkpoint)) as loaded:
-                restore(self.engine, loaded, world=self.args.ranks, optimizer=False)
+            self._restore_weights(checkpoint)
         if (checkpoint / TRAINER_STATE_FILE).is_file():
             self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
         return checkpoint
@@ -320,16 +319,20 @@ class Resume(PlainWeights):
     # ---- The best model, at the end ----
 
     def _load_best_model(self) -> None:
-        """Weights of the best checkpoint, into the prepared model. All ranks call it."""
+        """Weights of the best checkpoint, into the prepared model. All ranks call it.
+
+        Raises CheckpointError on all ranks or on none: what is whole must not be rotated away by
+        those that could read their share.
+        """
+        ranks = self.args.ranks
         best = Path(str(self.state.best_model_checkpoint))
         logger.info("loading the best model from %s (score %s)", best, self.state.best_metric)
-        if not best.is_dir():
+        if not all(gather_all(ranks, best.is_dir())):
             logger.warning(
                 "could not locate the best model at %s; on several nodes, save where all can read",
                 best,
             )
         elif is_ours(best) and not _is_peft_model(self.model):
-            with open_checkpoint(best) as loaded:
-                self.engine.load_local_state(loaded.source, optimizer=False)
+            self._restore_weights(best)
         else:
-            self._load_from_checkpoint(best)
+            attempt(ranks, lambda: self._load_from_checkpoint(best))

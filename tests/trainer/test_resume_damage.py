@@ -1,0 +1,78 @@
+"""What is damaged is noticed before anything is lost over it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from bigtrain.errors import CheckpointError
+from bigtrain.topology import RankInfo
+from tests.engine import harness
+from tests.trainer.samples import Sentences, tiny_llama
+from tests.trainer.test_survival import EVERY, barrier, run_of
+
+BEST, NEWEST = f"checkpoint-{EVERY}", f"checkpoint-{2 * EVERY}"
+SHARDED: dict[str, dict[str, Any]] = {
+    "fsdp": {"fsdp": "full_shard"},
+    "zero2": {"deepspeed": {"zero_optimization": {"stage": 2}}},
+}
+
+
+class SpoilsTheBest(TrainerCallback):
+    """When all is trained and saved: a block that only rank 1 reads."""
+
+    def __init__(self, world: RankInfo) -> None:
+        self.world = world
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
+    ) -> None:
+        if "train_runtime" not in logs:
+            return
+        if self.world.is_main:
+            assert Path(state.best_model_checkpoint).name == BEST
+            path = Path(state.best_model_checkpoint) / "weights" / "__1_0.distcp"
+            assert path.stat().st_size > 5 << 20
+            with path.open("r+b") as file:
+                file.seek(-(1 << 20), os.SEEK_END)
+                byte = file.read(1)
+                file.seek(-1, os.SEEK_CUR)
+                file.write(bytes([byte[0] ^ 1]))
+        barrier(self.world)
+
+
+def ends_with_a_damaged_best(world: RankInfo, folder: Path, changed: dict[str, Any]) -> str | None:
+    run = run_of(
+        folder,
+        model=tiny_llama(vocab_size=50_000),
+        eval_dataset=Sentences(8),
+        callbacks=[SpoilsTheBest(world)],
+        max_steps=2 * EVERY,
+        per_device_train_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=EVERY,
+        load_best_model_at_end=True,
+        greater_is_better=True,  # the loss, which falls
+        save_total_limit=1,
+        **changed,
+    )
+    try:
+        run.train()
+    except CheckpointError as fault:
+        return str(fault)
+    return None
+
+
+@pytest.mark.parametrize("engine", SHARDED)
+def test_a_best_checkpoint_that_one_rank_can_not_read_takes_no_other_away(
+    tmp_path: Path, engine: str
+) -> None:
+    faults = harness.run_ranks(2, ends_with_a_damaged_best, tmp_path, SHARDED[engine])
+    for fault in faults:
+        assert fault is not None
+        assert "are not those that were written" in fault
+    assert (tmp_path / NEWEST / "manifest.json").is_file()
