@@ -13,6 +13,7 @@ from torch import nn
 from transformers.trainer_utils import _is_peft_model, load_sharded_checkpoint
 
 from bigtrain.checkpoint.agreement import attempt
+from bigtrain.checkpoint.find import lost_manifest, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
@@ -56,6 +57,8 @@ class PlainWeights(Saving):
         if is_ours(directory) and is_prepared:
             self._restore_weights(directory)
             return
+        if lost_manifest(directory):
+            require_checkpoint(directory)  # says so
         if self.engine.is_sharded and is_trained:
             raise CheckpointError(
                 f"{directory} was not written by bigtrain (it has no {MANIFEST}), and engine "

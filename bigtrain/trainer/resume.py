@@ -21,10 +21,9 @@ from transformers.trainer_utils import (
 )
 
 from bigtrain.checkpoint.agreement import attempt, gather_all, on_main
-from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
+from bigtrain.checkpoint.find import find_checkpoint, lost_manifest, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
-from bigtrain.checkpoint.manifest import MANIFEST, PARTS
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
 from bigtrain.errors import CheckpointError
@@ -90,7 +89,7 @@ class Resume(PlainWeights):
                 )
             return found
         path = Path(asked)
-        if path.is_dir() and not is_ours(path) and (is_foreign(path) or is_transformers(path)):
+        if path.is_dir() and _is_others(path):
             found = path
         else:
             try:
@@ -149,11 +148,7 @@ class Resume(PlainWeights):
     def _find_last_of_others(self, search: Search) -> Path | None:
         """transformers' newest, as it finds it."""
         last = get_last_checkpoint(str(self._output_dir()))
-        if last is None or Path(last) in search.damaged or is_ours(Path(last)):
-            return None
-        if (Path(last) / PARTS).is_dir() and not (Path(last) / MANIFEST).is_file():
-            return None  # bigtrain's, without its manifest: nothing tells whether it is whole
-        if not (is_transformers(Path(last)) or is_foreign(Path(last))):
+        if last is None or Path(last) in search.damaged or not _is_others(Path(last)):
             return None
         return Path(last)
 
@@ -336,3 +331,10 @@ class Resume(PlainWeights):
             self._restore_weights(best)
         else:
             attempt(ranks, lambda: self._load_from_checkpoint(best))
+
+
+def _is_others(path: Path) -> bool:
+    """Whether another tool wrote it, or has made of it what only others' ways of loading read."""
+    if is_ours(path) or lost_manifest(path):
+        return False
+    return is_foreign(path) or is_transformers(path)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import TrainerCallback
 
+from bigtrain.checkpoint.load import open_checkpoint
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
 from tests.engine import harness
@@ -28,9 +30,7 @@ class SpoilsTheBest(TrainerCallback):
     def __init__(self, world: RankInfo) -> None:
         self.world = world
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "train_runtime" not in logs:
             return
         if self.world.is_main:
@@ -76,3 +76,25 @@ def test_a_best_checkpoint_that_one_rank_can_not_read_takes_no_other_away(
         assert fault is not None
         assert "are not those that were written" in fault
     assert (tmp_path / NEWEST / "manifest.json").is_file()
+
+
+def spoil_last(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(content)
+
+
+def test_what_has_lost_its_manifest_is_refused_by_its_path_too(tmp_path: Path) -> None:
+    run_of(tmp_path, max_steps=2 * EVERY).train()
+    newest = tmp_path / NEWEST
+    (newest / "manifest.json").unlink()
+    spoil_last(newest / "model.safetensors")
+    killed = newest.rename(tmp_path / f"{NEWEST}.tmp-a-b")
+    for path in (shutil.copytree(killed, newest), killed):
+        with pytest.raises(ValueError, match=r"has no manifest.json: it was never committed") as e:
+            run_of(tmp_path).train(resume_from_checkpoint=str(path))
+        assert f"give one of {tmp_path / BEST}" in str(e.value)
+        with pytest.raises(CheckpointError, match="it was never committed, or has lost it"):
+            open_checkpoint(path)
+        with pytest.raises(CheckpointError, match="it was never committed, or has lost it"):
+            run_of(tmp_path)._load_from_checkpoint(path)
