@@ -60,11 +60,12 @@ class Verified:
 def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = False) -> Verified:
     """Raise CheckpointError unless the checkpoint holds.
 
-    Checks the manifest, that all files are there in their size, the hashes of those of one block,
-    and that the tensors are tiled without gap or overlap; with `deep`, all hashes. (Otherwise the
-    larger files' are checked when they are read.) An edited `trainer_state.json` counts, with a
-    warning, unless it is one flipped bit; `lenient`, for a checkpoint that was named, only warns of
-    that, too, and of edited files from which training does not go on.
+    Checks the manifest, that all files are there in their size, the hashes of those of one block
+    and of the trainer's state, and that the tensors are tiled without gap or overlap; with `deep`,
+    all hashes. (Otherwise the larger files' are checked when they are read.) An edited
+    `trainer_state.json` counts, with a warning, unless it is one flipped bit; `lenient`, for a
+    checkpoint that was named, only warns of that, too, and of edited files from which training
+    does not go on.
     """
     manifest = read_manifest(checkpoint)
     parts = tuple(read_parts(checkpoint, manifest=manifest))
@@ -96,7 +97,8 @@ def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Itera
     for part in parts:
         for name, digest in part.files.items():
             path = checkpoint / name
-            message = _fault_of(path, digest, hashed=deep)
+            hashed = deep or name in _STATE_NAMES  # these are never read block by block
+            message = _fault_of(path, digest, hashed=hashed)
             if message is None:
                 continue
             is_edit = name == _TRAINER_STATE and _is_json_object(path)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from bigtrain.checkpoint.blocks import BLOCK_BYTES
 from bigtrain.checkpoint.load import open_checkpoint
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
 from tests.engine import harness
 from tests.trainer.samples import Sentences, tiny_llama
-from tests.trainer.test_survival import EVERY, barrier, run_of
+from tests.trainer.test_survival import EVERY, barrier, resumed_from, run_of
 
 BEST, NEWEST = f"checkpoint-{EVERY}", f"checkpoint-{2 * EVERY}"
 SHARDED: dict[str, dict[str, Any]] = {
@@ -98,3 +99,21 @@ def test_what_has_lost_its_manifest_is_refused_by_its_path_too(tmp_path: Path) -
             open_checkpoint(path)
         with pytest.raises(CheckpointError, match="it was never committed, or has lost it"):
             run_of(tmp_path)._load_from_checkpoint(path)
+
+
+class LogsMuch(TrainerCallback):
+    """So that the trainer's state has more than one block."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history = [{"step": 0, "said": "x" * 1000}] * 5000
+
+
+def test_a_long_trainers_state_is_no_less_checked(tmp_path: Path) -> None:
+    run_of(tmp_path, max_steps=2 * EVERY, callbacks=[LogsMuch()]).train()
+    state = tmp_path / NEWEST / "trainer_state.json"
+    written = state.read_bytes()
+    assert len(written) > BLOCK_BYTES
+    state.write_bytes(written.replace(b'"global_step": 6', b'"global_step": 7'))
+    rest = run_of(tmp_path, save_strategy="no", max_steps=2 * EVERY + 1)
+    rest.train(resume_from_checkpoint=True)
+    assert resumed_from(rest) == EVERY
