@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from bigtrain.checkpoint.blocks import BLOCK_BYTES, FileDigest, FileReader, hash_bytes
 from bigtrain.checkpoint.formats.committed import read_committed
@@ -20,6 +21,17 @@ logger = logging.getLogger(__name__)
 _STATE_SUFFIXES = (".distcp", ".safetensors", ".pt", ".pth", ".metadata")
 _TRAINER_STATE = "trainer_state.json"
 _STATE_NAMES = (_TRAINER_STATE, "model.safetensors.index.json")
+_TRAINER_VALUES: dict[str, tuple[type, ...]] = {
+    "global_step": (int,),
+    "epoch": (int, float, NoneType),
+    "train_batch_size": (int, NoneType),
+    "num_input_tokens_seen": (int,),
+    "total_flos": (int, float),
+    "log_history": (list,),
+    "best_metric": (int, float, NoneType),
+    "best_model_checkpoint": (str, NoneType),
+}
+"""Of the trainer's state, what training goes on from."""
 _TRIED_BYTES = 64 << 10
 """Of a file of which every bit is tried: a second or two."""
 
@@ -33,7 +45,7 @@ class Fault:
     is_state: bool
     """Whether training goes on from it. Others (config, tokenizer) a user may have edited."""
     is_edit: bool = False
-    """Whether it still says what it is for: the trainer's state, which people edit, as a text."""
+    """Whether it still is what it is for: the trainer's state, which people edit."""
     is_slip: bool = False
     """Whether a single bit makes the difference, as no editor but many a disk does it."""
 
@@ -101,22 +113,50 @@ def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Itera
             message = _fault_of(path, digest, hashed=hashed)
             if message is None:
                 continue
-            is_edit = name == _TRAINER_STATE and _is_json_object(path)
-            is_slip = is_edit and _is_slip(path, digest)
-            if is_slip:
-                message = (
-                    f"{path}: one bit of it is not as it was written; if that was an edit, give "
-                    "the checkpoint by its path"
-                )
-            elif is_edit:
-                message = f"{path}: was edited after it was saved, and what it says now counts"
-            yield Fault(
-                path=path,
-                message=message,
-                is_state=_is_state(name),
-                is_edit=is_edit,
-                is_slip=is_slip,
-            )
+            if name == _TRAINER_STATE and path.is_file():
+                yield _fault_of_trainer_state(path, digest)
+            else:
+                yield Fault(path=path, message=message, is_state=_is_state(name))
+
+
+def require_trainer_state(path: Path) -> None:
+    """CheckpointError unless the file holds what a trainer goes on from, in values of its kind."""
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as fault:
+        raise _no_trainer_state(path, str(fault)) from fault
+    if not isinstance(state, dict):
+        raise _no_trainer_state(path, "it is no JSON object")
+    if "global_step" not in state:
+        raise _no_trainer_state(path, "it has no global_step")
+    for name, kinds in _TRAINER_VALUES.items():
+        value = state.get(name)
+        if name in state and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise _no_trainer_state(path, f"its {name} is {json.dumps(value)[:40]}")
+    if state["global_step"] < 0:
+        raise _no_trainer_state(path, f"its global_step is {state['global_step']}")
+
+
+def _no_trainer_state(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no trainer's state ({why}); mend it, or go on from another checkpoint"
+    )
+
+
+def _fault_of_trainer_state(path: Path, digest: FileDigest) -> Fault:
+    """What to hold of one that is not as it was written."""
+    try:
+        require_trainer_state(path)
+    except CheckpointError as fault:
+        return Fault(path=path, message=str(fault), is_state=True)
+    is_slip = _is_slip(path, digest)
+    message = f"{path}: was edited after it was saved, and what it says now counts"
+    if is_slip:
+        message = (
+            f"{path}: one bit of it is not as it was written; if that was an edit, give the "
+            "checkpoint by its path"
+        )
+    return Fault(path=path, message=message, is_state=True, is_edit=True, is_slip=is_slip)
 
 
 def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
@@ -156,10 +196,3 @@ def _is_slip(path: Path, digest: FileDigest) -> bool:
 
 def _is_state(name: str) -> bool:
     return name.endswith(_STATE_SUFFIXES) or name in _STATE_NAMES
-
-
-def _is_json_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (OSError, ValueError, RecursionError):
-        return False

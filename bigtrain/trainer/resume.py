@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import (
     _is_peft_model,
@@ -26,6 +27,7 @@ from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
+from bigtrain.checkpoint.verify import require_trainer_state
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import differences, environment, rng, schedule
 from bigtrain.trainer.candidates import (
@@ -122,6 +124,22 @@ class Resume(PlainWeights):
         return path
 
     def _next_checkpoint(self, search: Search) -> Path | None:
+        """Of those left by `search` the newest whose trainer's state can be gone on from."""
+        path = self._newest(search)
+        if path is None:
+            return None
+        try:
+            attempt(self.args.ranks, lambda: _saved_state(path))
+        except CheckpointError as fault:
+            older = self._next_checkpoint(search.without(path))
+            if older is None:
+                raise
+            if self.is_world_process_zero():
+                logger.warning("%s is passed over: %s", path, fault)
+            return older
+        return path
+
+    def _newest(self, search: Search) -> Path | None:
         if self._saves_on_each_node():
             where = self.args.ranks, self._output_dir()
             return newest_on_all_nodes(*where, since=search.since, excluding=search.damaged)
@@ -156,9 +174,10 @@ class Resume(PlainWeights):
 
     def _load_state(self, checkpoint: Path | None, *, max_steps: int) -> None:
         """The trainer's own state, from the checkpoint where it has one."""
-        if checkpoint is None or not (checkpoint / TRAINER_STATE_FILE).is_file():
+        state = None if checkpoint is None else _saved_state(checkpoint)
+        if checkpoint is None or state is None:
             return
-        self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
+        self.state = state
         best = self.state.best_model_checkpoint
         if best is not None and not Path(best).is_dir():
             logger.warning("the best checkpoint %s is gone; going on without it", best)
@@ -173,12 +192,9 @@ class Resume(PlainWeights):
 
     def _take_found_batch_size(self, checkpoint: Path) -> None:
         """Start at the batch size that `auto_find_batch_size` has found before."""
-        path = checkpoint / TRAINER_STATE_FILE
-        if not path.is_file():
-            return
-        found = trainer_state(path).train_batch_size
-        if found is not None:
-            self._train_batch_size = found
+        state = _saved_state(checkpoint)
+        if state is not None and state.train_batch_size is not None:
+            self._train_batch_size = state.train_batch_size
 
     def _load_newest(self, checkpoint: Path, *, start_over: Callable[[Path], None]) -> Path:
         """Load `checkpoint`, or an older one where that turns out to be damaged and any will do;
@@ -307,8 +323,7 @@ class Resume(PlainWeights):
         else:
             self._prepare_to_evaluate()
             self._restore_weights(checkpoint)
-        if (checkpoint / TRAINER_STATE_FILE).is_file():
-            self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
+        self.state = _saved_state(checkpoint) or self.state
         return checkpoint
 
     # ---- The best model, at the end ----
@@ -331,6 +346,16 @@ class Resume(PlainWeights):
             self._restore_weights(best)
         else:
             attempt(ranks, lambda: self._load_from_checkpoint(best))
+
+
+def _saved_state(checkpoint: Path) -> TrainerState | None:
+    """The trainer's state of a checkpoint, where it has any; CheckpointError where it no longer is
+    one."""
+    path = checkpoint / TRAINER_STATE_FILE
+    if not path.is_file():
+        return None
+    require_trainer_state(path)
+    return trainer_state(path)
 
 
 def _is_others(path: Path) -> bool:

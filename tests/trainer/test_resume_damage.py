@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -117,3 +118,39 @@ def test_a_long_trainers_state_is_no_less_checked(tmp_path: Path) -> None:
     rest = run_of(tmp_path, save_strategy="no", max_steps=2 * EVERY + 1)
     rest.train(resume_from_checkpoint=True)
     assert resumed_from(rest) == EVERY
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"foo": 1}, "foo"),
+        ({"global_step": "4"}, r'its global_step is "4"'),
+        ({"global_step": -1}, "its global_step is -1"),
+        ({"log_history": None}, "its log_history is null"),
+        (None, "it has no global_step"),
+    ],
+)
+def test_a_state_that_no_trainer_goes_on_from_is_passed_over(
+    tmp_path: Path,
+    changed: dict[str, Any] | None,
+    why: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run_of(tmp_path, max_steps=2 * EVERY).train()
+    path = tmp_path / NEWEST / "trainer_state.json"
+    state = {} if changed is None else json.loads(path.read_text()) | changed
+    path.write_text(json.dumps(state))
+    rest = run_of(tmp_path, save_strategy="no")
+    rest.train(resume_from_checkpoint=True)
+    assert resumed_from(rest) == EVERY
+    assert f"{tmp_path / NEWEST} is passed over: {path} is no trainer's state" in caplog.text
+    with pytest.raises(CheckpointError, match=f"is no trainer's state .*{why}"):
+        run_of(tmp_path).train(resume_from_checkpoint=str(tmp_path / NEWEST))
+
+
+def test_where_no_trainers_state_can_be_gone_on_from_nothing_begins_anew(tmp_path: Path) -> None:
+    run_of(tmp_path, max_steps=2 * EVERY).train()
+    for path in tmp_path.glob("checkpoint-*/trainer_state.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"of_a_later_version": 1}))
+    with pytest.raises(CheckpointError, match="unexpected keyword argument 'of_a_later_version'"):
+        run_of(tmp_path).train(resume_from_checkpoint=True)
