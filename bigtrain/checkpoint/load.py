@@ -32,7 +32,7 @@ from bigtrain.checkpoint.formats.transformers_dir import Names
 from bigtrain.checkpoint.index import BUFFER, WEIGHT, TensorEntry, TensorIndex
 from bigtrain.checkpoint.manifest import MANIFEST, Manifest, Progress
 from bigtrain.checkpoint.snapshot import rng_name
-from bigtrain.checkpoint.verify import verify_checkpoint
+from bigtrain.checkpoint.verify import require_whole_zip, verify_checkpoint
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
@@ -243,6 +243,7 @@ class LoadedCheckpoint:
     def _load_foreign(self, path: Path | None) -> Any:
         if path is None or not path.is_file():
             return None
+        require_whole_zip(path)
         try:
             return _load_small(io.BytesIO(path.read_bytes()))
         except (pickle.UnpicklingError, RuntimeError, EOFError) as fault:

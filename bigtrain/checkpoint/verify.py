@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +35,17 @@ _TRAINER_VALUES: dict[str, tuple[type, ...]] = {
     "best_model_checkpoint": (str, NoneType),
 }
 """Of the trainer's state, what training goes on from."""
+_NO_ZIP = (
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Python's zipfile raises over damaged files."""
 _TRIED_BYTES = 64 << 10
 """Of a file of which every bit is tried: a second or two."""
 
@@ -135,6 +149,24 @@ def require_trainer_state(path: Path) -> None:
             raise _no_trainer_state(path, f"its {name} is {json.dumps(value)[:40]}")
     if state["global_step"] < 0:
         raise _no_trainer_state(path, f"its global_step is {state['global_step']}")
+
+
+def require_whole_zip(path: Path) -> None:
+    """CheckpointError unless every record of a `torch.save` zip is what its CRC-32 says. Files of
+    another kind have none, nor those for which torch was told to compute none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            are_stored = any(record.CRC for record in zipped.infolist())
+            damaged = zipped.testzip() if are_stored else None
+    except _NO_ZIP as fault:
+        raise CheckpointError(f"{path}: is damaged ({fault}); use another checkpoint") from fault
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: its record {damaged} is not as it was written; use another checkpoint, or "
+            "remove the file to go on without it"
+        )
 
 
 def _no_trainer_state(path: Path, why: str) -> CheckpointError:

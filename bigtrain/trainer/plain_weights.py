@@ -17,6 +17,7 @@ from bigtrain.checkpoint.find import lost_manifest, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
+from bigtrain.checkpoint.verify import require_whole_zip
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer.candidates import is_ours
 from bigtrain.trainer.models import SAFETENSORS_FILE, TORCH_FILE
@@ -93,11 +94,13 @@ class PlainWeights(Saving):
     def _load_foreign_optimizer(self, checkpoint: Path) -> None:
         optimizer, scheduler = checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"
         self._require_resumable(checkpoint, optimizer.is_file() and scheduler.is_file())
+        scaler = checkpoint / "scaler.pt"
+        files = [path for path in (optimizer, scheduler, scaler) if path.is_file()]
+        attempt(self.args.ranks, lambda: [require_whole_zip(path) for path in files])
         device = str(self.engine.device)
         state = torch.load(optimizer, map_location=device, weights_only=True)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
-        scaler = checkpoint / "scaler.pt"
         if scaler.is_file():
             self.engine.load_scaler_state(torch.load(scaler, weights_only=True))

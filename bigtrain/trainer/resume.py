@@ -27,7 +27,7 @@ from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
-from bigtrain.checkpoint.verify import require_trainer_state
+from bigtrain.checkpoint.verify import require_trainer_state, require_whole_zip
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import differences, environment, rng, schedule
 from bigtrain.trainer.candidates import (
@@ -307,6 +307,7 @@ class Resume(PlainWeights):
         path = checkpoint / name
         if not path.is_file():
             return None, 1
+        require_whole_zip(path)
         with safe_globals():
             return torch.load(path, weights_only=True), self.args.world_size
 

@@ -15,6 +15,7 @@ from bigtrain.checkpoint.blocks import BLOCK_BYTES
 from bigtrain.checkpoint.load import open_checkpoint
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
+from tests.checkpoint.test_foreign import flip_in
 from tests.engine import harness
 from tests.trainer.samples import Sentences, tiny_llama
 from tests.trainer.test_survival import EVERY, barrier, resumed_from, run_of
@@ -154,3 +155,21 @@ def test_where_no_trainers_state_can_be_gone_on_from_nothing_begins_anew(tmp_pat
         path.write_text(json.dumps(json.loads(path.read_text()) | {"of_a_later_version": 1}))
     with pytest.raises(CheckpointError, match="unexpected keyword argument 'of_a_later_version'"):
         run_of(tmp_path).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_flipped_bit_beside_others_adapters_is_refused(tmp_path: Path, name: str) -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(**changed: Any) -> Any:
+        model = peft.get_peft_model(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))
+        return run_of(tmp_path, model=model, max_steps=2 * EVERY, **changed)
+
+    adapted(save_strategy="steps").train()
+    path = tmp_path / BEST
+    (path / "manifest.json").unlink()
+    shutil.rmtree(path / "manifest")  # as transformers' Trainer writes it
+    adapted(save_strategy="no").train(resume_from_checkpoint=str(path))
+    flip_in(path / name, "data/0" if name != "scheduler.pt" else "data.pkl")
+    with pytest.raises(CheckpointError, match=f"{name}: its record"):
+        adapted(save_strategy="no").train(resume_from_checkpoint=str(path))
