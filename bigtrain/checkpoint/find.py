@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bigtrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from bigtrain.checkpoint.manifest import MANIFEST, PARTS, Manifest, read_manifest
 from bigtrain.checkpoint.staging import committed, newest_first
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
@@ -66,6 +66,12 @@ def _committed_at(path: Path, manifest: Manifest) -> datetime:
     return max(datetime.fromisoformat(manifest.created), datetime.fromtimestamp(kept, tz=UTC))
 
 
+def lost_manifest(path: Path) -> bool:
+    """Whether bigtrain wrote in it and there is no manifest: nothing tells whether it is whole,
+    and it must not be taken for another tool's, whose files it resembles."""
+    return (path / PARTS).is_dir() and not (path / MANIFEST).is_file()
+
+
 def require_checkpoint(path: Path) -> Path:
     """`path`, when it is a committed checkpoint; else an error that says what is there instead."""
     if path.is_dir() and (path / MANIFEST).is_file():
@@ -79,6 +85,11 @@ def _what_is_there(path: Path) -> str:
         return f"does not exist; {_suggestion(path.parent)}"
     if not path.is_dir():
         return f"is a file, not a checkpoint's directory; {_suggestion(path.parent)}"
+    if lost_manifest(path):
+        return (
+            f"has no {MANIFEST}: it was never committed, or has lost it, and nothing tells whether "
+            f"it is whole; {_suggestion(path.parent)}"
+        )
     if any(True for _ in committed(path)):
         return f"holds no checkpoint itself; {_suggestion(path)}"
     if not any(path.iterdir()):

@@ -30,8 +30,11 @@ from bigtrain.checkpoint.manifest import (
 from bigtrain.checkpoint.node_view import own_ranks, seen_from
 from bigtrain.checkpoint.source import open_source
 from bigtrain.checkpoint.staging import readable_size
-from bigtrain.checkpoint.verify import find_faults
+from bigtrain.checkpoint.verify import find_faults, require_whole_zip
 from bigtrain.checkpoint.witness import Record, RecordSource, no_records, record_holds
+from bigtrain.errors import CheckpointError
+
+_SMALL = ("scheduler.*", "scaler.*", "rng_state*.pth", "random_states_*.pkl")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,7 @@ def verify(found: Inspection) -> Iterator[Fault]:
             )
     else:
         yield from _verify_records(found)
+        yield from _verify_small(found.path)
     for entry in found.index.entries.values():
         fault = tiling_fault(entry)
         if fault is not None:
@@ -283,6 +287,16 @@ def _verify_records(found: Inspection) -> Iterator[Fault]:
                     ),
                     tensors=tuple(_tensors_in(found.index, path, record.start, record.stop)),
                 )
+
+
+def _verify_small(checkpoint: Path) -> Iterator[Fault]:
+    """The checksums of others' files without tensors of the index, from which training goes on."""
+    for pattern in _SMALL:
+        for path in sorted(checkpoint.glob(pattern)):
+            try:
+                require_whole_zip(path)
+            except CheckpointError as fault:
+                yield Fault(path=path, message=str(fault))
 
 
 def _tensors_in(

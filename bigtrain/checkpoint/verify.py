@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
 from bigtrain.checkpoint.blocks import BLOCK_BYTES, FileDigest, FileReader, hash_bytes
 from bigtrain.checkpoint.formats.committed import read_committed
@@ -20,6 +24,28 @@ logger = logging.getLogger(__name__)
 _STATE_SUFFIXES = (".distcp", ".safetensors", ".pt", ".pth", ".metadata")
 _TRAINER_STATE = "trainer_state.json"
 _STATE_NAMES = (_TRAINER_STATE, "model.safetensors.index.json")
+_TRAINER_VALUES: dict[str, tuple[type, ...]] = {
+    "global_step": (int,),
+    "epoch": (int, float, NoneType),
+    "train_batch_size": (int, NoneType),
+    "num_input_tokens_seen": (int,),
+    "total_flos": (int, float),
+    "log_history": (list,),
+    "best_metric": (int, float, NoneType),
+    "best_model_checkpoint": (str, NoneType),
+}
+"""Of the trainer's state, what training goes on from."""
+_NO_ZIP = (
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+    struct.error,
+    zlib.error,
+)
+"""What Python's zipfile raises over damaged files."""
 _TRIED_BYTES = 64 << 10
 """Of a file of which every bit is tried: a second or two."""
 
@@ -33,7 +59,7 @@ class Fault:
     is_state: bool
     """Whether training goes on from it. Others (config, tokenizer) a user may have edited."""
     is_edit: bool = False
-    """Whether it still says what it is for: the trainer's state, which people edit, as a text."""
+    """Whether it still is what it is for: the trainer's state, which people edit."""
     is_slip: bool = False
     """Whether a single bit makes the difference, as no editor but many a disk does it."""
 
@@ -60,11 +86,12 @@ class Verified:
 def verify_checkpoint(checkpoint: Path, *, deep: bool = False, lenient: bool = False) -> Verified:
     """Raise CheckpointError unless the checkpoint holds.
 
-    Checks the manifest, that all files are there in their size, the hashes of those of one block,
-    and that the tensors are tiled without gap or overlap; with `deep`, all hashes. (Otherwise the
-    larger files' are checked when they are read.) An edited `trainer_state.json` counts, with a
-    warning, unless it is one flipped bit; `lenient`, for a checkpoint that was named, only warns of
-    that, too, and of edited files from which training does not go on.
+    Checks the manifest, that all files are there in their size, the hashes of those of one block
+    and of the trainer's state, and that the tensors are tiled without gap or overlap; with `deep`,
+    all hashes. (Otherwise the larger files' are checked when they are read.) An edited
+    `trainer_state.json` counts, with a warning, unless it is one flipped bit; `lenient`, for a
+    checkpoint that was named, only warns of that, too, and of edited files from which training
+    does not go on.
     """
     manifest = read_manifest(checkpoint)
     parts = tuple(read_parts(checkpoint, manifest=manifest))
@@ -96,25 +123,72 @@ def find_faults(checkpoint: Path, parts: Sequence[Part], *, deep: bool) -> Itera
     for part in parts:
         for name, digest in part.files.items():
             path = checkpoint / name
-            message = _fault_of(path, digest, hashed=deep)
+            hashed = deep or name in _STATE_NAMES  # these are never read block by block
+            message = _fault_of(path, digest, hashed=hashed)
             if message is None:
                 continue
-            is_edit = name == _TRAINER_STATE and _is_json_object(path)
-            is_slip = is_edit and _is_slip(path, digest)
-            if is_slip:
-                message = (
-                    f"{path}: one bit of it is not as it was written; if that was an edit, give "
-                    "the checkpoint by its path"
-                )
-            elif is_edit:
-                message = f"{path}: was edited after it was saved, and what it says now counts"
-            yield Fault(
-                path=path,
-                message=message,
-                is_state=_is_state(name),
-                is_edit=is_edit,
-                is_slip=is_slip,
-            )
+            if name == _TRAINER_STATE and path.is_file():
+                yield _fault_of_trainer_state(path, digest)
+            else:
+                yield Fault(path=path, message=message, is_state=_is_state(name))
+
+
+def require_trainer_state(path: Path) -> None:
+    """CheckpointError unless the file holds what a trainer goes on from, in values of its kind."""
+    try:
+        state = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as fault:
+        raise _no_trainer_state(path, str(fault)) from fault
+    if not isinstance(state, dict):
+        raise _no_trainer_state(path, "it is no JSON object")
+    if "global_step" not in state:
+        raise _no_trainer_state(path, "it has no global_step")
+    for name, kinds in _TRAINER_VALUES.items():
+        value = state.get(name)
+        if name in state and (not isinstance(value, kinds) or isinstance(value, bool)):
+            raise _no_trainer_state(path, f"its {name} is {json.dumps(value)[:40]}")
+    if state["global_step"] < 0:
+        raise _no_trainer_state(path, f"its global_step is {state['global_step']}")
+
+
+def require_whole_zip(path: Path) -> None:
+    """CheckpointError unless every record of a `torch.save` zip is what its CRC-32 says. Files of
+    another kind have none, nor those for which torch was told to compute none."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as zipped:
+            are_stored = any(record.CRC for record in zipped.infolist())
+            damaged = zipped.testzip() if are_stored else None
+    except _NO_ZIP as fault:
+        raise CheckpointError(f"{path}: is damaged ({fault}); use another checkpoint") from fault
+    if damaged is not None:
+        raise CheckpointError(
+            f"{path}: its record {damaged} is not as it was written; use another checkpoint, or "
+            "remove the file to go on without it"
+        )
+
+
+def _no_trainer_state(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no trainer's state ({why}); mend it, or go on from another checkpoint"
+    )
+
+
+def _fault_of_trainer_state(path: Path, digest: FileDigest) -> Fault:
+    """What to hold of one that is not as it was written."""
+    try:
+        require_trainer_state(path)
+    except CheckpointError as fault:
+        return Fault(path=path, message=str(fault), is_state=True)
+    is_slip = _is_slip(path, digest)
+    message = f"{path}: was edited after it was saved, and what it says now counts"
+    if is_slip:
+        message = (
+            f"{path}: one bit of it is not as it was written; if that was an edit, give the "
+            "checkpoint by its path"
+        )
+    return Fault(path=path, message=message, is_state=True, is_edit=True, is_slip=is_slip)
 
 
 def _fault_of(path: Path, digest: FileDigest, *, hashed: bool) -> str | None:
@@ -154,10 +228,3 @@ def _is_slip(path: Path, digest: FileDigest) -> bool:
 
 def _is_state(name: str) -> bool:
     return name.endswith(_STATE_SUFFIXES) or name in _STATE_NAMES
-
-
-def _is_json_object(path: Path) -> bool:
-    try:
-        return isinstance(json.loads(path.read_bytes()), dict)
-    except (OSError, ValueError, RecursionError):
-        return False

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer_utils import _is_peft_model, load_sharded_checkpoint
 
+from bigtrain.checkpoint.agreement import attempt
+from bigtrain.checkpoint.find import lost_manifest, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
-from bigtrain.checkpoint.load import open_checkpoint
+from bigtrain.checkpoint.load import open_checkpoint, restore
 from bigtrain.checkpoint.manifest import MANIFEST
+from bigtrain.checkpoint.verify import require_whole_zip
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer.candidates import is_ours
 from bigtrain.trainer.models import SAFETENSORS_FILE, TORCH_FILE
@@ -34,6 +37,13 @@ class PlainWeights(Saving):
             return False
         return _is_peft_model(self.model) or not is_foreign(checkpoint)
 
+    def _restore_weights(self, checkpoint: Path) -> None:
+        """Of one that any engine reads, the weights, into the engine. All ranks call it, and where
+        one can't read its share, CheckpointError is raised on all."""
+        ranks = self.args.ranks
+        with attempt(ranks, lambda: open_checkpoint(checkpoint)) as loaded:
+            restore(self.engine, loaded, world=ranks, optimizer=False)
+
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str | Path, model: nn.Module | None = None
     ) -> None:
@@ -46,9 +56,10 @@ class PlainWeights(Saving):
         model = self.model if model is None else model
         is_prepared = is_trained and self._is_prepared and not _is_peft_model(model)
         if is_ours(directory) and is_prepared:
-            with open_checkpoint(directory) as loaded:
-                self.engine.load_local_state(loaded.source, optimizer=False)
+            self._restore_weights(directory)
             return
+        if lost_manifest(directory):
+            require_checkpoint(directory)  # says so
         if self.engine.is_sharded and is_trained:
             raise CheckpointError(
                 f"{directory} was not written by bigtrain (it has no {MANIFEST}), and engine "
@@ -83,11 +94,13 @@ class PlainWeights(Saving):
     def _load_foreign_optimizer(self, checkpoint: Path) -> None:
         optimizer, scheduler = checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"
         self._require_resumable(checkpoint, optimizer.is_file() and scheduler.is_file())
+        scaler = checkpoint / "scaler.pt"
+        files = [path for path in (optimizer, scheduler, scaler) if path.is_file()]
+        attempt(self.args.ranks, lambda: [require_whole_zip(path) for path in files])
         device = str(self.engine.device)
         state = torch.load(optimizer, map_location=device, weights_only=True)
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state)
         self.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
-        scaler = checkpoint / "scaler.pt"
         if scaler.is_file():
             self.engine.load_scaler_state(torch.load(scaler, weights_only=True))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import (
     _is_peft_model,
@@ -20,13 +21,13 @@ from transformers.trainer_utils import (
     get_last_checkpoint,
 )
 
-from bigtrain.checkpoint.agreement import attempt, on_main
-from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
+from bigtrain.checkpoint.agreement import attempt, gather_all, on_main
+from bigtrain.checkpoint.find import find_checkpoint, lost_manifest, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
-from bigtrain.checkpoint.manifest import MANIFEST, PARTS
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
+from bigtrain.checkpoint.verify import require_trainer_state, require_whole_zip
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import differences, environment, rng, schedule
 from bigtrain.trainer.candidates import (
@@ -90,7 +91,7 @@ class Resume(PlainWeights):
                 )
             return found
         path = Path(asked)
-        if path.is_dir() and not is_ours(path) and (is_foreign(path) or is_transformers(path)):
+        if path.is_dir() and _is_others(path):
             found = path
         else:
             try:
@@ -123,6 +124,22 @@ class Resume(PlainWeights):
         return path
 
     def _next_checkpoint(self, search: Search) -> Path | None:
+        """Of those left by `search` the newest whose trainer's state can be gone on from."""
+        path = self._newest(search)
+        if path is None:
+            return None
+        try:
+            attempt(self.args.ranks, lambda: _saved_state(path))
+        except CheckpointError as fault:
+            older = self._next_checkpoint(search.without(path))
+            if older is None:
+                raise
+            if self.is_world_process_zero():
+                logger.warning("%s is passed over: %s", path, fault)
+            return older
+        return path
+
+    def _newest(self, search: Search) -> Path | None:
         if self._saves_on_each_node():
             where = self.args.ranks, self._output_dir()
             return newest_on_all_nodes(*where, since=search.since, excluding=search.damaged)
@@ -149,11 +166,7 @@ class Resume(PlainWeights):
     def _find_last_of_others(self, search: Search) -> Path | None:
         """transformers' newest, as it finds it."""
         last = get_last_checkpoint(str(self._output_dir()))
-        if last is None or Path(last) in search.damaged or is_ours(Path(last)):
-            return None
-        if (Path(last) / PARTS).is_dir() and not (Path(last) / MANIFEST).is_file():
-            return None  # bigtrain's, without its manifest: nothing tells whether it is whole
-        if not (is_transformers(Path(last)) or is_foreign(Path(last))):
+        if last is None or Path(last) in search.damaged or not _is_others(Path(last)):
             return None
         return Path(last)
 
@@ -161,9 +174,10 @@ class Resume(PlainWeights):
 
     def _load_state(self, checkpoint: Path | None, *, max_steps: int) -> None:
         """The trainer's own state, from the checkpoint where it has one."""
-        if checkpoint is None or not (checkpoint / TRAINER_STATE_FILE).is_file():
+        state = None if checkpoint is None else _saved_state(checkpoint)
+        if checkpoint is None or state is None:
             return
-        self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
+        self.state = state
         best = self.state.best_model_checkpoint
         if best is not None and not Path(best).is_dir():
             logger.warning("the best checkpoint %s is gone; going on without it", best)
@@ -178,12 +192,9 @@ class Resume(PlainWeights):
 
     def _take_found_batch_size(self, checkpoint: Path) -> None:
         """Start at the batch size that `auto_find_batch_size` has found before."""
-        path = checkpoint / TRAINER_STATE_FILE
-        if not path.is_file():
-            return
-        found = trainer_state(path).train_batch_size
-        if found is not None:
-            self._train_batch_size = found
+        state = _saved_state(checkpoint)
+        if state is not None and state.train_batch_size is not None:
+            self._train_batch_size = state.train_batch_size
 
     def _load_newest(self, checkpoint: Path, *, start_over: Callable[[Path], None]) -> Path:
         """Load `checkpoint`, or an older one where that turns out to be damaged and any will do;
@@ -296,6 +307,7 @@ class Resume(PlainWeights):
         path = checkpoint / name
         if not path.is_file():
             return None, 1
+        require_whole_zip(path)
         with safe_globals():
             return torch.load(path, weights_only=True), self.args.world_size
 
@@ -311,25 +323,44 @@ class Resume(PlainWeights):
             self._load_from_checkpoint(checkpoint)
         else:
             self._prepare_to_evaluate()
-            with attempt(self.args.ranks, lambda: open_checkpoint(checkpoint)) as loaded:
-                restore(self.engine, loaded, world=self.args.ranks, optimizer=False)
-        if (checkpoint / TRAINER_STATE_FILE).is_file():
-            self.state = trainer_state(checkpoint / TRAINER_STATE_FILE)
+            self._restore_weights(checkpoint)
+        self.state = _saved_state(checkpoint) or self.state
         return checkpoint
 
     # ---- The best model, at the end ----
 
     def _load_best_model(self) -> None:
-        """Weights of the best checkpoint, into the prepared model. All ranks call it."""
+        """Weights of the best checkpoint, into the prepared model. All ranks call it.
+
+        Raises CheckpointError on all ranks or on none: what is whole must not be rotated away by
+        those that could read their share.
+        """
+        ranks = self.args.ranks
         best = Path(str(self.state.best_model_checkpoint))
         logger.info("loading the best model from %s (score %s)", best, self.state.best_metric)
-        if not best.is_dir():
+        if not all(gather_all(ranks, best.is_dir())):
             logger.warning(
                 "could not locate the best model at %s; on several nodes, save where all can read",
                 best,
             )
         elif is_ours(best) and not _is_peft_model(self.model):
-            with open_checkpoint(best) as loaded:
-                self.engine.load_local_state(loaded.source, optimizer=False)
+            self._restore_weights(best)
         else:
-            self._load_from_checkpoint(best)
+            attempt(ranks, lambda: self._load_from_checkpoint(best))
+
+
+def _saved_state(checkpoint: Path) -> TrainerState | None:
+    """The trainer's state of a checkpoint, where it has any; CheckpointError where it no longer is
+    one."""
+    path = checkpoint / TRAINER_STATE_FILE
+    if not path.is_file():
+        return None
+    require_trainer_state(path)
+    return trainer_state(path)
+
+
+def _is_others(path: Path) -> bool:
+    """Whether another tool wrote it, or has made of it what only others' ways of loading read."""
+    if is_ours(path) or lost_manifest(path):
+        return False
+    return is_foreign(path) or is_transformers(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from bigtrain.checkpoint.foreign import is_foreign, read_foreign
+from bigtrain.checkpoint.foreign import is_foreign, numbers_as_names, read_foreign
+from bigtrain.checkpoint.inspect import inspect_checkpoint, verify
 from bigtrain.checkpoint.load import group_names, open_checkpoint, restore
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
@@ -163,3 +165,48 @@ def test_other_groups_than_the_file_numbers_are_refused(tmp_path: Path) -> None:
     run_ranks(1, write_as, SINGLE, tmp_path / "c", by_accelerate)
     with pytest.raises(CheckpointError, match="numbers its parameters and does not name them"):
         read_foreign(tmp_path / "c", names=[["a"], ["b"]])
+
+
+def flip_in(path: Path, record: str) -> None:
+    """One bit of the last bytes of a zip's record."""
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as zipped:
+        info = next(info for info in zipped.infolist() if info.filename.endswith(record))
+        payload = zipped.read(info)
+    content[content.index(payload) + len(payload) - 3] ^= 1
+    path.write_bytes(content)
+
+
+def faults_of(path: Path) -> list[str]:
+    return [fault.message for fault in verify(inspect_checkpoint(path))]
+
+
+def test_a_flipped_bit_in_a_small_foreign_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    run_ranks(1, write_as, SINGLE, path, by_accelerate)
+    torch.save({"last_epoch": 4}, path / "scheduler.bin")
+    assert faults_of(path) == []
+    flip_in(path / "scheduler.bin", "data.pkl")
+    flip_in(path / "random_states_0.pkl", "data/0")
+    assert [fault.split(" is not as")[0] for fault in faults_of(path)] == [
+        f"{path}/scheduler.bin: its record scheduler/data.pkl",
+        f"{path}/random_states_0.pkl: its record random_states_0/data/0",
+    ]
+    with open_checkpoint(path, names=numbers_as_names(path)) as loaded:
+        with pytest.raises(CheckpointError, match=r"scheduler\.bin: its record"):
+            loaded.scheduler_state()
+        with pytest.raises(CheckpointError, match=r"random_states_0\.pkl: its record"):
+            loaded.rng_state(0)
+
+
+def test_a_small_foreign_file_without_checksums_is_taken(tmp_path: Path) -> None:
+    path = tmp_path / "c"
+    run_ranks(1, write_as, SINGLE, path, by_accelerate)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"last_epoch": 4}, path / "scheduler.bin")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert faults_of(path) == []
+    with open_checkpoint(path, names=numbers_as_names(path)) as loaded:
+        assert loaded.scheduler_state() == {"last_epoch": 4}
