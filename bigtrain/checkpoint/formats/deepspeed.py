@@ -81,7 +81,7 @@ class _Reader:
         self.files: dict[Path, int] = {}
         self.entries: dict[tuple[str, str], TensorEntry] = {}
         self.opaque: set[str] = set()
-        self.aliases: dict[str, str] = saved.listed("shared_params")
+        self.aliases: dict[str, str] = dict(saved.listed("shared_params"))
 
     def read(self) -> DeepSpeedCheckpoint:
         if self.saved.stage == 3:
