@@ -16,8 +16,9 @@ import os
 import shutil
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -49,6 +50,10 @@ class _Entry(NamedTuple):
     name: str
     xxh3: str
     infinite: int
+
+
+_FIELDS = {"file": str, "end": int, "name": str, "xxh3": str, "infinite": int}
+"""Of a tensor's line."""
 
 
 class FileJournal:
@@ -242,9 +247,8 @@ class Staging:
                 "ones, or leave out --resume to begin anew"
             )
         if resume and known:
-            for line in lines[1:]:
-                name = line.pop("file")
-                self._entries.setdefault(name, []).append(_Entry(**line))
+            for line in takewhile(_is_entry, lines[1:]):
+                self._entries.setdefault(line.pop("file"), []).append(_Entry(**line))
             self._has_entries = bool(self._entries)
             return
         others = [path for path in self.path.iterdir() if path.name != _JOURNAL]
@@ -289,6 +293,11 @@ def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
             yield json_object(line.encode())
         except ValueError:
             return
+
+
+def _is_entry(line: Mapping[str, Any]) -> bool:
+    """Whether it is a line that was written for a tensor."""
+    return {field: type(value) for field, value in line.items()} == _FIELDS
 
 
 def _write_at(fd: int, data: bytes, *, end: int, digest: Digest) -> None:

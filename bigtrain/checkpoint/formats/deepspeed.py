@@ -23,6 +23,7 @@ from bigtrain.checkpoint.formats.deepspeed_files import Saved, read_saved
 from bigtrain.checkpoint.formats.segments import EqualVectors, Segment, extents_in
 from bigtrain.checkpoint.index import BUFFER, WEIGHT, Extent, Extents, TensorEntry, TensorIndex
 from bigtrain.checkpoint.inert import brief
+from bigtrain.checkpoint.json_object import counts
 from bigtrain.checkpoint.torch_file import TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -47,12 +48,12 @@ class DeepSpeedCheckpoint:
 
 def read_deepspeed(directory: Path) -> DeepSpeedCheckpoint:
     """What the step's directory holds; CheckpointError names what is missing or can't be read."""
-    saved = read_saved(directory)
     try:
-        return _Reader(saved).read()
+        return _Reader(read_saved(directory)).read()
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as fault:
         raise CheckpointError(
-            f"{directory}: not laid out as DeepSpeed's ZeRO stage {saved.stage} is ({brief(fault)})"
+            f"{directory}: not laid out as a step of DeepSpeed's ({brief(fault)}); its files are "
+            "damaged, or of a version that can't be read yet"
         ) from fault
 
 
@@ -80,7 +81,7 @@ class _Reader:
         self.files: dict[Path, int] = {}
         self.entries: dict[tuple[str, str], TensorEntry] = {}
         self.opaque: set[str] = set()
-        self.aliases: dict[str, str] = dict(saved.model[0].get("shared_params") or {})
+        self.aliases: dict[str, str] = dict(saved.listed("shared_params"))
 
     def read(self) -> DeepSpeedCheckpoint:
         if self.saved.stage == 3:
@@ -116,7 +117,7 @@ class _Reader:
         for group, names in enumerate(self.saved.param_shapes):
             masters = [state["single_partition_of_fp32_groups"][group] for state in optim]
             size = _partition_size(masters, optim, group)
-            after = paddings[group] if paddings else [0] * len(names)
+            after = counts(paddings[group]) if paddings else (0,) * len(names)
             places: dict[str, _Place] = {}
             at = 0
             for (name, shape), padding in zip(names.items(), after, strict=True):
@@ -260,9 +261,10 @@ class _Reader:
             self._add(name, "step", (), step.dtype, [extent])
 
     def _add_frozen(self) -> None:
-        shapes = self.saved.model[0].get("frozen_param_shapes") or {}
+        shapes = self.saved.listed("frozen_param_shapes")
         pieces = [state.get("frozen_param_fragments") or {} for state in self.saved.model]
-        for name, shape in shapes.items():
+        for name, stored_shape in shapes.items():
+            shape = counts(list(stored_shape))
             if self.saved.stage != 3:
                 self._add_whole(name, WEIGHT, pieces[0][name])
                 continue
@@ -280,15 +282,15 @@ class _Reader:
         A parameter that one module has under two names is in no list of DeepSpeed's: that its
         placeholder is the very same tensor as another's tells.
         """
-        module = self.saved.model[0].get("module") or {}
-        tensors = {name: ref for name, ref in module.items() if isinstance(ref, TensorRef)}
         buffers = set(self.saved.model[0].get("buffer_names") or ())
+        weights = {name for name, kind in self.entries if kind == WEIGHT}
+        tensors = self.saved.module_tensors(known=weights | self.aliases.keys())
         known: dict[TensorRef, list[str]] = {}
         for name, stored in tensors.items():
-            if (name, WEIGHT) in self.entries:
+            if name in weights:
                 known.setdefault(stored, []).append(name)
         for name, stored in tensors.items():
-            if name in self.aliases or (name, WEIGHT) in self.entries:
+            if name in self.aliases or name in weights:
                 continue
             if name in buffers:
                 self._add_whole(name, BUFFER, stored)

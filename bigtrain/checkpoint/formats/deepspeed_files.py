@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.inert import Inert, brief
+from bigtrain.checkpoint.inert import Inert, brief, class_name
+from bigtrain.checkpoint.json_object import counts
 from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
@@ -39,6 +41,28 @@ class Saved:
     """Of every rank: its `optimizer_state_dict`."""
     param_shapes: Sequence[Mapping[str, tuple[int, ...]]]
     """Per group, or sub-group at stage 3: names in the order in which they are stored."""
+
+    def listed(self, key: str) -> dict[str, Any]:
+        """What the model states of rank 0 list by name; empty where they don't."""
+        return _by_name(self.directory, key, self.model[0].get(key) or {})
+
+    def module_tensors(self, *, known: Container[str]) -> dict[str, TensorRef]:
+        """The tensors of the module, among which there are placeholders for those that are `known`
+        from elsewhere. What else it holds may be left out, but no weight and no buffer."""
+        module = self.listed("module")
+        if not module:
+            raise CheckpointError(
+                f"{self.directory}: its model states hold no module, so no buffers; save it again"
+            )
+        buffers = set(self.model[0].get("buffer_names") or ())
+        for name, value in module.items():
+            is_needed = name in buffers or (not _is_extra_state(name) and _holds_tensors(value))
+            if is_needed and name not in known and not isinstance(value, TensorRef):
+                raise CheckpointError(
+                    f"{self.directory}: {name} is no plain tensor ({class_name(value)}), and can't "
+                    "be read; save the module with it as one, or without it"
+                )
+        return {name: value for name, value in module.items() if isinstance(value, TensorRef)}
 
 
 def is_deepspeed(directory: Path) -> bool:
@@ -189,18 +213,19 @@ def _in_order(directory: Path, files: Mapping[int, Path]) -> list[Path]:
 
 
 def _check_present(directory: Path, files: Mapping[int, Path], count: int, what: str) -> None:
-    missing = [rank for rank in range(count) if rank not in files]
-    if missing:
+    number = count - sum(rank < count for rank in files)
+    if number:  # which may be any that a file says: too many to list
+        missing = (rank for rank in range(count) if rank not in files)
         raise CheckpointError(
-            f"{directory}: the {what} of {_ranks(missing)} of {count} are missing; copy the "
-            "files of all nodes into one directory"
+            f"{directory}: the {what} of {_ranks(missing, number)} of {count} are missing; copy "
+            "the files of all nodes into one directory"
         )
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}{more}"
+def _ranks(ranks: Iterable[int], number: int) -> str:
+    shown = ", ".join(map(str, islice(ranks, _SHOWN)))
+    more = f" and {number - _SHOWN} more" if number > _SHOWN else ""
+    return f"rank {shown}" if number == 1 else f"ranks {shown}{more}"
 
 
 def _structure(path: Path) -> Mapping[str, Any]:
@@ -237,23 +262,32 @@ def _check_ranks(
             f"{directory}: its groups are divided over different sets of ranks (mixture of "
             "experts), which can't be read yet"
         )
-    counts: set[int] = set()
-    for state in optim:
-        count = state["partition_count"]
-        counts.update(count if isinstance(count, list) else [count])
-    if len(counts) > 1:
+    found = {count for state in optim for count in _partition_counts(directory, state)}
+    if len(found) > 1:
         raise CheckpointError(
-            f"{directory}: its groups are divided over {sorted(counts)} ranks; files of several "
+            f"{directory}: its groups are divided over {sorted(found)} ranks; files of several "
             "saves, or mixture of experts, which can't be read yet"
         )
-    count = counts.pop()
+    count = found.pop()
     _check_present(directory, files, count, "optimizer states")
     if len(files) > count:
         extra = sorted(files)[count:]
         raise CheckpointError(
-            f"{directory}: was saved by {count} ranks, but holds files of {_ranks(extra)} too, "
-            "left by another save; remove them"
+            f"{directory}: was saved by {count} ranks, but holds files of "
+            f"{_ranks(extra, len(extra))} too, left by another save; remove them"
         )
+
+
+def _partition_counts(directory: Path, state: Mapping[str, Any]) -> Sequence[int]:
+    """Over how many ranks each group is divided."""
+    stored = state["partition_count"]
+    found = stored if isinstance(stored, list) else [stored]
+    if not found or any(type(count) is not int or count < 1 for count in found):
+        raise CheckpointError(
+            f"{directory}: its groups are divided over {brief(stored)} ranks, which is no number "
+            "of them (partition_count); its files are damaged"
+        )
+    return found
 
 
 def _check_one_step(directory: Path, optim: Sequence[Mapping[str, Any]]) -> None:
@@ -281,7 +315,7 @@ def _step(state: Mapping[str, Any]) -> float | None:
         with step.file.open("rb", buffering=0) as file:
             stored = os.pread(file.fileno(), step.dtype.itemsize, step.offset)
         return float(struct.unpack(_STEP_FORMATS[step.dtype.name], stored)[0])
-    return float(step) if isinstance(step, int) else None
+    return step if isinstance(step, int) else None
 
 
 def _param_shapes(directory: Path, model: Mapping[str, Any]) -> list[dict[str, tuple[int, ...]]]:
@@ -290,4 +324,38 @@ def _param_shapes(directory: Path, model: Mapping[str, Any]) -> list[dict[str, t
         raise CheckpointError(
             f"{directory}: its model states don't say which parameters there are (param_shapes)"
         )
-    return [{name: tuple(map(int, shape)) for name, shape in group.items()} for group in groups]
+    listed = [_by_name(directory, "param_shapes", group) for group in groups]
+    return [{name: counts(list(shape)) for name, shape in group.items()} for group in listed]
+
+
+def _by_name(directory: Path, key: str, found: Any) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{directory}: its model states have {brief(found)} where tensors are listed by name "
+            f"({key}); they are damaged"
+        )
+    for name in found:
+        if not isinstance(name, str):
+            raise CheckpointError(
+                f"{directory}: its model states list a tensor under {brief(name)}, which is no "
+                f"text ({key}); give it a name, and save again"
+            )
+    return found
+
+
+def _is_extra_state(name: str) -> bool:
+    """Whether it is what a module keeps beside its weights and buffers (`get_extra_state`)."""
+    return name.rpartition(".")[2] == "_extra_state"
+
+
+def _holds_tensors(value: Any) -> bool:
+    """Whether a value is or may hold tensors, of whatever type."""
+    pending, seen = [value], set[int]()
+    while pending:
+        each = pending.pop()
+        if isinstance(each, (TensorRef, Inert)):
+            return True
+        if id(each) not in seen and isinstance(each, (dict, list, tuple, set, frozenset)):
+            seen.add(id(each))
+            pending += each.values() if isinstance(each, dict) else each
+    return False
