@@ -106,7 +106,7 @@ def _others(source: Source) -> Iterator[str]:
 def _is_known(path: Path, source: Source) -> bool:
     if path.is_symlink():
         return False
-    if path in source.index.files or _FILES.match(path.name) or is_side_file(path.name):
+    if path in source.index.files or _FILES.match(path.name) or is_side_file(path):
         return True
     return path.name.endswith(".index.json") and _indexes_what_was_read(path, source)
 
