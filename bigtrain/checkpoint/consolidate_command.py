@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
@@ -24,10 +27,15 @@ EXAMPLES = (
     "  bigtrain consolidate runs/lora merged --merge-adapter --max-shard-size 2GB"
 )
 INTERRUPTED = 130
+TERMINATED = 143
 _TERMINAL_S = 0.1
 _LINES_S = 10.0
 """Between two lines where no terminal shows them."""
 _BAR = 24
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers send."""
 
 
 def consolidate(
@@ -85,7 +93,11 @@ def consolidate(
     Takes bigtrain's checkpoints, DeepSpeed's, torch's (DCP, FSDP), accelerate's, Lightning's and
     transformers'. Needs no GPU and little memory.
     """
-    with _faults_told(output, as_json=as_json), _shown(sys.stderr) as progress:
+    with (
+        _sigterm_heard(),
+        _faults_told(output, as_json=as_json),
+        _shown(sys.stderr) as progress,
+    ):
         from bigtrain.checkpoint.consolidate import Request, carry_out
 
         _check_places(checkpoint, output)
@@ -124,12 +136,32 @@ def _check_places(checkpoint: Path, output: Path) -> None:
 
 
 @contextlib.contextmanager
+def _sigterm_heard() -> Iterator[None]:
+    """SIGTERM interrupts as Ctrl-C does, once; where it is ignored or not Python's, it stays so."""
+    before = signal.getsignal(signal.SIGTERM)
+    is_main = threading.current_thread() is threading.main_thread()
+    if before in (signal.SIG_IGN, None) or not is_main:  # only there handlers can be set
+        yield
+        return
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def _faults_told(output: Path, *, as_json: bool) -> Iterator[None]:
-    """Ctrl-C ends in how to go on; with `--json` a fault is a line of JSON on stdout."""
+    """Ctrl-C and SIGTERM end in how to go on; with `--json` a fault is a line of JSON on stdout."""
     was_whole = _holds_something(output)
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as signalled:
         from bigtrain.checkpoint.consolidate import partial_of
 
         partial, how = partial_of(output), ""
@@ -138,7 +170,8 @@ def _faults_told(output: Path, *, as_json: bool) -> Iterator[None]:
         elif _holds_something(output) and not was_whole:
             how = f", but {output} is whole"
         typer.echo(f"interrupted{how}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
+        code = TERMINATED if isinstance(signalled, _Terminated) else INTERRUPTED
+        raise typer.Exit(code) from None
     except BigtrainError as error:
         if not as_json:
             raise

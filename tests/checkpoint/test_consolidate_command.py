@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,8 +66,15 @@ def run_whole(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=120)
 
 
-def interrupted(process: list[str], *, once: Callable[[], bool], cwd: Path | None = None) -> str:
-    """Start it, interrupt it once that holds; what it said. It ends with 130, not a traceback."""
+def interrupted(
+    process: list[str],
+    *,
+    once: Callable[[], bool],
+    cwd: Path | None = None,
+    by: signal.Signals = signal.SIGINT,
+) -> str:
+    """Start it, interrupt it once that holds; what it said. It ends with 130 or, by SIGTERM, with
+    143, not a traceback."""
     running = subprocess.Popen(
         process,
         cwd=cwd,
@@ -74,14 +82,14 @@ def interrupted(process: list[str], *, once: Callable[[], bool], cwd: Path | Non
         stderr=subprocess.PIPE,
         text=True,
         # Shells have background jobs ignore it, and so would what this test starts.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(by, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and running.poll() is None and not once():
         time.sleep(0.01)
-    running.send_signal(signal.SIGINT)
+    running.send_signal(by)
     _, shown = running.communicate(timeout=60)
-    assert running.returncode == 130, shown
+    assert running.returncode == 128 + by, shown
     assert "Traceback" not in shown
     return shown
 
@@ -173,13 +181,15 @@ def test_a_fault_is_json_when_that_was_asked_for(tmp_path: Path) -> None:
     assert "does not exist" in json.loads(done.stdout)["text"]
 
 
-def test_interrupted_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_it_says_how_to_go_on_and_does(by: signal.Signals, tmp_path: Path) -> None:
     state = make_source(tmp_path / "in", tensors=30, each=MEGABYTE)
     places = (tmp_path / "in", tmp_path / "out")
     journal = tmp_path / "out.partial" / "journal.jsonl"
     shown = interrupted(
         command(*places, "--slowly"),
         once=lambda: journal.exists() and len(journal.read_text().splitlines()) > 4,
+        by=by,
     )
 
     assert f"interrupted; {tmp_path / 'out.partial'} is kept: go on with --resume" in shown
@@ -189,6 +199,31 @@ def test_interrupted_it_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert_holds(tmp_path / "out", state)
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None])
+def test_what_hears_sigterm_is_as_before_when_it_has_ended(
+    before: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bigtrain.checkpoint import consolidate
+    from bigtrain.checkpoint.consolidate_command import consolidate as command
+
+    make_source(tmp_path / "in")
+    during: list[Any] = []
+    real = consolidate.carry_out
+
+    def watched(request: consolidate.Request) -> consolidate.Summary:
+        during.append(signal.getsignal(signal.SIGTERM))
+        return real(request)
+
+    monkeypatch.setattr(consolidate, "carry_out", watched)
+    first = signal.signal(signal.SIGTERM, before)
+    try:
+        command(tmp_path / "in", tmp_path / "out")
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, first)
+    assert (during[0] is before) == (before is signal.SIG_IGN)
 
 
 INSIDE = "bigtrain.checkpoint.consolidate."

@@ -1,4 +1,5 @@
-"""What PEFT's configuration says of an adapter: how strong it is, and whether it can be merged.
+"""What PEFT's configuration says of an adapter: how strong it is, whether biases were trained with
+it, and whether it can be merged.
 
 Merged is what is known: a plain W + scaling · B·A, on the W that the model's own files hold. Any
 other way to begin, and any field that isn't known here, is refused by its name.
@@ -17,6 +18,14 @@ from bigtrain.checkpoint.json_object import json_object
 from bigtrain.errors import CheckpointError
 
 ADAPTER_CONFIG = "adapter_config.json"
+NO_BIASES = "none"
+ADAPTED_BIASES = "lora_only"
+"""Those of the layers that are adapted."""
+BIASES = (NO_BIASES, ADAPTED_BIASES, "all")
+NOT_TAKEN_OUT = (
+    "which can't be taken out of its model here; load the checkpoint into the PEFT model, and save "
+    "that by its save_pretrained"
+)
 _LEAVES_THE_MODEL = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 """Ways to begin that choose A and B alone."""
 _CHANGES_THE_MODEL = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -73,10 +82,7 @@ def read_adapter_config(path: Path | None, *, has_base: bool) -> dict[str, Any]:
             f"there is no {ADAPTER_CONFIG} beside the adapter, which says how strong it is; put it "
             "there to merge it"
         )
-    try:
-        config = json_object(path.read_bytes())
-    except ValueError as fault:
-        raise CheckpointError(f"{path}: not JSON ({fault}); it is damaged") from fault
+    config = _read(path)
     _check_types(path, config)
     if reason := _hindrance(config, has_base=has_base):
         raise CheckpointError(
@@ -84,6 +90,32 @@ def read_adapter_config(path: Path | None, *, has_base: bool) -> dict[str, Any]:
             "merge_and_unload, or leave out --merge-adapter"
         )
     return config
+
+
+def trained_biases(path: Path | None) -> str:
+    """Which of a live model's biases were trained with its adapter: one of `BIASES`.
+
+    CheckpointError where more was trained than biases and what a LoRA adapter's names tell.
+    """
+    config = _read(path) if path is not None else {}
+    biases = config.get("bias") or NO_BIASES
+    reason = None
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        reason = f"it is a {kind} adapter"
+    elif config.get("trainable_token_indices"):
+        reason = f"{_NAMED['trainable_token_indices']} (trainable_token_indices)"
+    elif biases not in BIASES:
+        reason = f"it trains biases that are not known here (bias: {biases})"
+    if reason:
+        raise CheckpointError(f"{path}: {reason}, {NOT_TAKEN_OUT}")
+    return str(biases)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json_object(path.read_bytes())
+    except ValueError as fault:
+        raise CheckpointError(f"{path}: not JSON ({fault}); it is damaged") from fault
 
 
 def _check_types(path: Path, config: dict[str, Any]) -> None:

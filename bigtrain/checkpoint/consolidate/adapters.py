@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from bigtrain.checkpoint.consolidate.adapter_config import (
+    ADAPTED_BIASES,
+    NO_BIASES,
+    NOT_TAKEN_OUT,
+)
 from bigtrain.checkpoint.consolidate.frames import LowRank
 from bigtrain.checkpoint.index import BUFFER, TensorEntry
 from bigtrain.errors import CheckpointError
 
 _MATRICES = ("lora_A", "lora_B")
 _BARE = ("lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+_LEAVES = ("weight", "bias")
 _PEFT = "base_model.model."
 _SAVED = "modules_to_save"
 _WRAPPED = ("base_layer", "original_module")
@@ -36,6 +42,11 @@ class _Piece(NamedTuple):
     leaf: str
     """`weight` or `bias`; of embeddings and magnitudes nothing."""
 
+    @property
+    def in_a_file(self) -> str:
+        """Its name in a file of PEFT's."""
+        return _PEFT + ".".join(part for part in (self.module, self.role, self.leaf) if part)
+
 
 def is_adapter(names: Iterable[str], *, has_config: bool) -> bool:
     """Whether these are a low-rank adapter of PEFT's, maybe with its model.
@@ -48,21 +59,43 @@ def is_adapter(names: Iterable[str], *, has_config: bool) -> bool:
 
 
 def is_whole(names: Iterable[str]) -> bool:
-    """Whether the adapted model's own weights are there too."""
-    return any("base_layer" in name.split(".") for name in names)
+    """Whether the adapted model's own weights are there too.
+
+    PEFT's own files leave the adapter's name out, and hold base layers' biases and embeddings where
+    those were trained.
+    """
+    every = list(names)
+    is_live = any(piece.adapter for piece in map(_piece, every) if piece)
+    return is_live and any(
+        "base_layer" in name.split(".") and not name.endswith(".bias") for name in every
+    )
 
 
-def adapter_tensors(weights: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The adapter's tensors, by the names in a file of PEFT's."""
+def adapter_tensors(
+    weights: Mapping[str, TensorEntry], *, biases: str = NO_BIASES
+) -> dict[str, TensorEntry]:
+    """The adapter's tensors, by the names in a file of PEFT's.
+
+    `biases` of a whole model were trained with it. CheckpointError where PEFT would write what
+    isn't known here.
+    """
     whole = is_whole(weights)
+    _check_known(weights, whole=whole)
+    pieces = {name: piece for name in weights if (piece := _piece(name))}
+    _check_one(pieces.values())
+    adapted = {piece.module for piece in pieces.values()}
     found: dict[str, TensorEntry] = {}
     for name, entry in weights.items():
-        piece = _piece(name)
-        if piece is not None:
-            parts = [piece.module, piece.role, piece.leaf]
-            found[_PEFT + ".".join(part for part in parts if part)] = entry
-        elif _SAVED in name.split(".") or (not whole and entry.kind != BUFFER):
-            found[_PEFT + _plain(name)] = entry
+        is_kept = not whole or _is_trained_bias(name, adapted, biases=biases)
+        if name in pieces:
+            short = pieces[name].in_a_file
+        elif _SAVED in name.split(".") or (is_kept and entry.kind != BUFFER):
+            short = _PEFT + _saved(name)
+        else:
+            continue
+        if short in found:
+            raise CheckpointError(f"there are several adapters: {name} is another {short}")
+        found[short] = entry
     return found
 
 
@@ -77,19 +110,16 @@ def merged_tensors(
     """
     found: dict[str, tuple[TensorEntry, LowRank | None]] = {k: (e, None) for k, e in base.items()}
     pieces: dict[str, dict[str, TensorEntry]] = {}
-    adapters: set[str] = set()
     saved: dict[str, TensorEntry] = {}
+    _check_one(piece for piece in map(_piece, weights) if piece)
     for name, entry in weights.items():
         piece = _piece(name)
         if piece is not None:
             pieces.setdefault(piece.module, {})[piece.role] = entry
-            adapters.add(piece.adapter or "default")
         elif _SAVED in name.split("."):
             saved[_plain(name)] = entry
         else:
             found[_plain(name)] = (entry, None)
-    if len(adapters) > 1:
-        raise CheckpointError(f"there are several adapters: {', '.join(sorted(adapters))}")
     found |= {name: (entry, None) for name, entry in saved.items()}
     for module, roles in pieces.items():
         name = f"{module}.weight"
@@ -148,17 +178,47 @@ def _piece(name: str) -> _Piece | None:
     for position, part in enumerate(parts):
         if part in (*_MATRICES, *_BARE):
             module = ".".join(parts[:position]).removeprefix(_PEFT)
-            after = parts[position + 1 :]
-            if part in _BARE:
-                return _Piece(module, part, after[0] if after else None, "")
-            return _Piece(module, part, after[0] if len(after) > 1 else None, after[-1])
+            *adapter, last = ["", *parts[position + 1 :]]
+            if last not in _LEAVES:
+                adapter, last = [*adapter, last], ""
+            leaf = last if part in _MATRICES else ""
+            return _Piece(module, part, ".".join(filter(None, adapter)) or None, leaf)
     return None
 
 
-def _plain(name: str) -> str:
-    """The name without PEFT's wrappers."""
+def _check_known(names: Iterable[str], *, whole: bool) -> None:
+    """Raise for what an adapter of another kind has, unless it already has a file's name."""
+    for name in names:
+        parts = name.split(".")
+        for position, part in enumerate(parts):
+            is_foreign = part.startswith("lora_") and part not in (*_MATRICES, *_BARE)
+            is_last = position + 1 == len(parts)
+            if (is_foreign or part.startswith("trainable_tokens")) and (whole or not is_last):
+                raise CheckpointError(f"{name} belongs to no plain LoRA adapter, {NOT_TAKEN_OUT}")
+
+
+def _check_one(pieces: Iterable[_Piece]) -> None:
+    adapters = {piece.adapter or "default" for piece in pieces}
+    if len(adapters) > 1:
+        raise CheckpointError(f"there are several adapters: {', '.join(sorted(adapters))}")
+
+
+def _is_trained_bias(name: str, adapted: Container[str], *, biases: str) -> bool:
+    if biases == NO_BIASES or not name.endswith(".bias"):
+        return False
+    module = name.removeprefix(_PEFT).removesuffix(".base_layer.bias")
+    return biases != ADAPTED_BIASES or module in adapted
+
+
+def _saved(name: str) -> str:
+    """The name in a file of PEFT's of what was saved with an adapter."""
     parts = name.removeprefix(_PEFT).split(".")
     if _SAVED in parts:
         at = parts.index(_SAVED)
         parts = parts[:at] + parts[at + 2 :]
-    return ".".join(part for part in parts if part not in _WRAPPED)
+    return ".".join(parts)
+
+
+def _plain(name: str) -> str:
+    """The name without PEFT's wrappers."""
+    return ".".join(part for part in _saved(name).split(".") if part not in _WRAPPED)

@@ -11,7 +11,12 @@ from typing import Any
 
 import xxhash
 
-from bigtrain.checkpoint.consolidate.adapter_config import ADAPTER_CONFIG, read_adapter_config
+from bigtrain.checkpoint.consolidate.adapter_config import (
+    ADAPTER_CONFIG,
+    NO_BIASES,
+    read_adapter_config,
+    trained_biases,
+)
 from bigtrain.checkpoint.consolidate.adapters import (
     adapter_tensors,
     is_adapter,
@@ -137,7 +142,9 @@ def _content(source: Source, request: Request) -> _Content:
     if request.merge_adapter:
         return _merged(source, named, side_files)
     side_files.pop(CONFIG, None)
-    adapter = {name: (entry, None) for name, entry in adapter_tensors(named).items()}
+    whole = is_whole(named)
+    biases = trained_biases(side_files.get(ADAPTER_CONFIG)) if whole else NO_BIASES
+    adapter = {k: (entry, None) for k, entry in adapter_tensors(named, biases=biases).items()}
     return _Content(source=source, tensors=adapter, side_files=side_files, is_adapter=True)
 
 

@@ -15,17 +15,18 @@ from pathlib import Path
 from bigtrain.checkpoint.consolidate.plan import Plan
 from bigtrain.checkpoint.consolidate.side_files import is_side_file
 from bigtrain.checkpoint.consolidate.summary import Summary
+from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.checkpoint.manifest import MANIFEST, read_manifest, read_parts
 from bigtrain.checkpoint.source import Source
-from bigtrain.errors import ConfigError
+from bigtrain.errors import CheckpointError, ConfigError
 
 _FILES = re.compile(
     r"^(latest|zero_to_fp32\.py|README\.md|\.metadata|.*_states\.pt|.*\.distcp|meta\.pt"
     r"|trainer_state\.json|training_args\.bin|(optimizer|scheduler|scaler)(_\d+)?\.(pt|bin)"
     r"|rng_state.*\.pth|random_states_\d+\.pkl|(sampler|dl_state_dict).*\.bin"
-    r"|custom_checkpoint_\d+\.pkl|(model|pytorch_model|adapter_model|ema).*"
-    r"\.(safetensors|bin|json))$"
+    r"|custom_checkpoint_\d+\.pkl)$"
 )
+"""Weights are not among them: a second model's may lie beside those that were read."""
 _DIRECTORIES = re.compile(r"^(optimizer(_\d+)?|additional_chat_templates)$")
 
 
@@ -105,4 +106,13 @@ def _others(source: Source) -> Iterator[str]:
 def _is_known(path: Path, source: Source) -> bool:
     if path.is_symlink():
         return False
-    return bool(_FILES.match(path.name)) or is_side_file(path.name) or path in source.index.files
+    if path in source.index.files or _FILES.match(path.name) or is_side_file(path):
+        return True
+    return path.name.endswith(".index.json") and _indexes_what_was_read(path, source)
+
+
+def _indexes_what_was_read(index: Path, source: Source) -> bool:
+    try:
+        return set(indexed_files(index)) <= set(source.index.files)
+    except CheckpointError:
+        return False

@@ -118,7 +118,7 @@ def _write_small(plan: Plan, staging: Staging) -> None:
         (staging.path / name).parent.mkdir(exist_ok=True)
         if name != CONFIG:
             staging.copy_file(name, path)
-    if plan.config and CONFIG in plan.side_files:
+    if CONFIG in plan.side_files:
         staging.write_file(CONFIG, json.dumps(plan.config, indent=2).encode() + b"\n")
     if len(plan.files) > 1:
         staging.write_file(plan.index_name, index_json(plan.files))

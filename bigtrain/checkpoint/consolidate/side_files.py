@@ -13,13 +13,18 @@ from bigtrain.errors import CheckpointError
 
 CONFIG = "config.json"
 _KNOWN = re.compile(
-    r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|"
-    r"added_tokens|vocab|chat_template|preprocessor_config|processor_config|"
-    r"video_preprocessor_config|feature_extractor_config)\.json$"
-    r"|^(vocab|merges|bpe\.codes)\.txt$|^merges\.txt$|^(tokenizer|spiece|sentencepiece.*)\.model$"
+    r"^(config|generation_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map"
+    r"|added_tokens|chat_template|preprocessor_config|processor_config|normalizer|tekken"
+    r"|video_preprocessor_config|feature_extractor_config|audio_tokenizer_config"
+    r"|vocab|vocab-src|vocab-tgt|target_vocab|entity_vocab|emoji|byte_maps"
+    r"|word_shape|word_pronunciation)\.json$"
+    r"|^(vocab|merges|dict)\.txt$|^bpe\.codes$|^(source|target)\.spm$|^prophetnet\.tokenizer$"
+    r"|^(tokenizer|spiece|spm|spm_char|sentencepiece.*)\.model$"
     r"|^.*\.tiktoken$|^chat_template\.jinja$"
     r"|^(modeling|configuration|tokenization|processing|image_processing)_\w+\.py$"
 )
+_MODULE = re.compile(r"^(?!zero_to_fp32\.)\w+\.py$")
+"""What a model's own code may import; DeepSpeed's script is not of the model."""
 _NESTED = re.compile(r"^(global_step\d+|pytorch_model.*|weights|checkpoint|step-\d+|fsdp_model)$")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -29,7 +34,7 @@ def find_side_files(step: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for directory in _where(step):
         for path in sorted(directory.iterdir()):
-            if _KNOWN.match(path.name) and path.is_file():
+            if is_side_file(path) and path.is_file():
                 found.setdefault(path.name, path)
         templates = directory / "additional_chat_templates"
         if templates.is_dir():
@@ -39,9 +44,12 @@ def find_side_files(step: Path) -> dict[str, Path]:
     return found
 
 
-def is_side_file(name: str) -> bool:
-    """Whether it is one of those that go along with a model."""
-    return _KNOWN.match(name) is not None
+def is_side_file(path: Path) -> bool:
+    """Whether it is one of those that go along with a model: of other code, what lies beside the
+    model's configuration."""
+    if _MODULE.match(path.name) and (path.parent / CONFIG).is_file():
+        return True
+    return _KNOWN.match(path.name) is not None
 
 
 def read_config(files: dict[str, Path]) -> dict[str, Any]:

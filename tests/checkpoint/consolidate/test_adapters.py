@@ -55,9 +55,14 @@ def adapted(model: Any, options: dict[str, Any]) -> Any:
     return model.eval()
 
 
-def write_live(model: Any, path: Path, *, prefix: str = "") -> Path:
-    """A checkpoint of the whole live model, as sharded engines save it."""
-    state = {prefix + name: value for name, value in model.state_dict().items()}
+def write_live(model: Any, path: Path, *, prefix: str = "", trained_only: bool = False) -> Path:
+    """A checkpoint of the whole live model, as sharded engines save it, or of what was trained."""
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    state = {
+        prefix + name: value
+        for name, value in model.state_dict().items()
+        if name in trained or not trained_only
+    }
     dcp.save({"model": state}, checkpoint_id=str(path), no_dist=True)
     model.peft_config["default"].save_pretrained(path)
     model.config.save_pretrained(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bigtrain.checkpoint.consolidate import consolidate
 from bigtrain.errors import ConfigError
@@ -52,6 +54,42 @@ def test_foreign_checkpoints_hold_nothing_that_is_unknown(
     source = shutil.copytree(written(2) / kind, tmp_path / "in")
     summary = consolidate(source, tmp_path / "out", remove_source=True, trust_times=True)
     assert summary.source_removed and not summary.source.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_1.safetensors",
+        "ema.safetensors",
+        "adapter_model.safetensors",
+        "pytorch_model.bin",
+        "pytorch_model_1.bin",
+        "model-00001-of-00002.safetensors",
+    ],
+)
+def test_weights_that_were_not_read_are_kept(name: str, tmp_path: Path) -> None:
+    source = plain(tmp_path / "in", WEIGHTS)
+    (source / name).write_bytes(b"another model's")
+    with pytest.raises(ConfigError, match=f"{name} in it are not known to belong to it"):
+        consolidate(source, tmp_path / "out", remove_source=True)
+    assert (source / name).exists() and not (tmp_path / "out").exists()
+
+
+def test_an_index_goes_with_the_shards_that_it_names_alone(tmp_path: Path) -> None:
+    shards = {"a.safetensors": {"a": torch.ones(2)}, "b.safetensors": {"b": torch.ones(3)}}
+    source = tmp_path / "in"
+    source.mkdir()
+    for name, tensors in shards.items():
+        save_file(tensors, source / name)
+    index = source / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}))
+    other = source / "model_1.safetensors.index.json"
+    for text in ('{"weight_map": {"a": "a.safetensors", "z": "z.safetensors"}}', "damaged"):
+        other.write_text(text)
+        with pytest.raises(ConfigError, match=r"model_1\.safetensors\.index\.json in it are not"):
+            consolidate(source, tmp_path / "out", remove_source=True)
+    other.unlink()
+    assert consolidate(source, tmp_path / "out", remove_source=True).source_removed
 
 
 def test_what_comes_into_the_source_while_it_is_copied_stays(tmp_path: Path) -> None:
