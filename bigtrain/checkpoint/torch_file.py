@@ -12,14 +12,15 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.checkpoint.dtypes import BY_STORAGE, DTYPES, DType
-from bigtrain.checkpoint.inert import brief, read_name, read_pickle
+from bigtrain.checkpoint.inert import Inert, brief, read_name, read_pickle
 from bigtrain.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -34,8 +35,9 @@ _NO_ZIP = (
     zlib.error,
 )
 """What Python's zipfile raises over damaged files."""
-
-
+_BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""What `torch.save` began files with before torch 1.6: a pickled number."""
+_BYTE_ORDER = "byteorder"
 _ENCRYPTED = 1
 """The flag of a zip's record that asks for a password."""
 
@@ -73,13 +75,16 @@ class Archive:
             records, places = _records(zipped), _Places(self.path, self._offset, zipped, stream)
             if "data.pkl" not in records:
                 raise CheckpointError(f"{self.path}: not a file of torch.save (it has no data.pkl)")
+            if _BYTE_ORDER in records:
+                self._check_byte_order(zipped, records[_BYTE_ORDER])
             return read_pickle(
                 self._content(zipped, records["data.pkl"]),
                 path=self.path,
                 names={
-                    ("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild, self.path),
+                    ("torch._utils", "_rebuild_tensor_v2"): partial(_rebuild_v2, self.path),
                     ("torch._utils", "_rebuild_tensor_v3"): partial(_rebuild, self.path),
                     ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+                    ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
                     ("torch._tensor", "_rebuild_from_type_v2"): lambda make, _, args, __: make(
                         *args
                     ),
@@ -104,6 +109,14 @@ class Archive:
         except _NO_ZIP as fault:
             raise CheckpointError(f"{self.path}: is damaged ({fault})") from fault
 
+    def _check_byte_order(self, zipped: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
+        order = self._content(zipped, record) if record.file_size < 10 else b"unknown"
+        if order != b"little":
+            raise CheckpointError(
+                f"{self.path}: its numbers have the byte order {order.decode('latin-1')!r}, and "
+                "only 'little' is read; load it with torch on a usual machine and save it again"
+            )
+
     def checksums(self) -> list[tuple[int, int, int | None]]:
         """(first byte, byte after the last, CRC-32) of every storage, as places in the file.
 
@@ -127,6 +140,12 @@ class Archive:
             try:
                 zipped = zipfile.ZipFile(section)
             except _NO_ZIP as fault:
+                section.seek(0)
+                if section.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
+                    raise CheckpointError(
+                        f"{self.path}: is in torch's old format, from before its files were zips; "
+                        "load it with torch and save it again (torch.save)"
+                    ) from fault
                 raise CheckpointError(
                     f"{self.path}: no whole torch.save zip at byte {self._offset} ({fault}); "
                     "the file is cut off or damaged"
@@ -180,6 +199,45 @@ def _records(zipped: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     return {info.filename.partition("/")[2]: info for info in zipped.infolist()}
 
 
+def tensors_within(value: Any) -> Iterator[tuple[str, TensorRef]]:
+    """All tensors that a value holds, however deep, also in objects that were not loaded; and the
+    way to each (`0.weight`; empty where the value is one). What lies there twice comes once."""
+    pending: deque[tuple[str, Any]] = deque([("", value)])
+    seen: set[int] = set()
+    while pending:
+        way, each = pending.popleft()
+        if isinstance(each, TensorRef):
+            yield way, each
+        elif id(each) not in seen:
+            seen.add(id(each))
+            inner = ((f"{way}.{key}" if way else key, item) for key, item in _inner(each))
+            pending.extend(inner)
+
+
+def _inner(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((key if isinstance(key, str) else brief(key), value[key]) for key in value)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        yield from ((str(number), each) for number, each in enumerate(value))
+    elif isinstance(value, Inert):
+        yield from _inner({**value.fields, "args": value.args, "items": value.items})
+        yield "state", value.state
+
+
+def _rebuild_v2(
+    path: Path,
+    storage: _Storage,
+    storage_offset: int,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    _requires_grad: bool = False,
+    _hooks: Any = None,
+    metadata: Any = None,
+) -> TensorRef:
+    """As v3, but without the dtype, which the storage has."""
+    return _rebuild(path, storage, storage_offset, shape, strides, metadata=metadata)
+
+
 def _rebuild(
     path: Path,
     storage: _Storage,
@@ -189,9 +247,14 @@ def _rebuild(
     _requires_grad: bool = False,
     _hooks: Any = None,
     dtype_name: Any = None,
-    _metadata: Any = None,
+    metadata: Any = None,
 ) -> TensorRef:
-    """What `torch._utils._rebuild_tensor_v2` (and v3, which names the dtype) would make."""
+    """What `torch._utils._rebuild_tensor_v3` would make."""
+    if metadata:
+        raise CheckpointError(
+            f"{path}: a tensor is marked {brief(metadata)}, so its elements are others than those "
+            "that are stored; save it without (resolve_conj(), resolve_neg(), cpu())"
+        )
     dtype = storage.dtype or DTYPES.get((read_name(dtype_name) or "").removeprefix("torch."))
     if dtype is None:
         raise CheckpointError(f"{path}: a tensor of unknown type {brief(dtype_name)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from bigtrain.checkpoint.inert import brief
 from bigtrain.errors import CheckpointError
 
 _WRAPPERS = frozenset(
@@ -19,13 +20,15 @@ AUTO = "auto"
 
 def plain_names(names: Iterable[str], *, prefix: str = AUTO) -> dict[str, str]:
     """Each name without what wrappers added to it; `prefix` is cut off, or found out."""
+    names = list(names)
+    if broken := [name for name in names if not _is_text(name)]:
+        shown = ascii(broken[0]) if isinstance(broken[0], str) else brief(broken[0])
+        raise CheckpointError(f"{shown} can't be a tensor's name: it is no text")
     plain = {name: _without_wrappers(name) for name in names}
     cut = _outer_prefix(plain.values()) if prefix == AUTO else prefix
     if missing := [name for name in plain.values() if not name.startswith(cut)]:
         raise CheckpointError(f"{missing[0]} does not begin with the prefix {cut!r}")
     plain = {name: short.removeprefix(cut) for name, short in plain.items()}
-    if broken := [name for name in plain if not _is_text(name)]:
-        raise CheckpointError(f"{broken[0]!a} can't be a tensor's name: it is no text")
     seen: dict[str, str] = {}
     for name, short in plain.items():
         if short in seen:
@@ -34,9 +37,9 @@ def plain_names(names: Iterable[str], *, prefix: str = AUTO) -> dict[str, str]:
     return plain
 
 
-def _is_text(name: str) -> bool:
+def _is_text(name: object) -> bool:
     """Text has no halves of surrogate pairs, and can be written as UTF-8."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return isinstance(name, str) and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def _without_wrappers(name: str) -> str:

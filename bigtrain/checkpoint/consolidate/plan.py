@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ from bigtrain.checkpoint.consolidate.adapters import (
 )
 from bigtrain.checkpoint.consolidate.casting import target_dtype
 from bigtrain.checkpoint.consolidate.frames import LowRank, OutputTensor
-from bigtrain.checkpoint.consolidate.layout import OutputFile, output_format, plan_files
+from bigtrain.checkpoint.consolidate.layout import (
+    SAFETENSORS,
+    OutputFile,
+    output_format,
+    plan_files,
+)
 from bigtrain.checkpoint.consolidate.naming import AUTO, plain_names
 from bigtrain.checkpoint.consolidate.request import Request
 from bigtrain.checkpoint.consolidate.side_files import (
@@ -35,9 +40,12 @@ from bigtrain.checkpoint.consolidate.side_files import (
     ties_embeddings,
     with_dtype,
 )
-from bigtrain.checkpoint.index import TensorEntry
-from bigtrain.checkpoint.source import Source, open_source, with_base
+from bigtrain.checkpoint.formats.torch_state_dict import read_other_sets
+from bigtrain.checkpoint.index import WEIGHT, TensorEntry, TensorIndex
+from bigtrain.checkpoint.source import MODEL, Source, open_source, with_base
 from bigtrain.errors import CheckpointError
+
+_RESERVED = "__metadata__"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +88,7 @@ def make_plan(source: Source, request: Request) -> Plan:
 
     CheckpointError where the source lacks what is asked for, or two tensors would get one name.
     """
+    source = _with_other_sets(source, request.weights)
     content = _content(source, request)
     config = read_config(content.side_files)
     warnings = []
@@ -93,6 +102,11 @@ def make_plan(source: Source, request: Request) -> Plan:
         for name, (entry, update) in content.tensors.items()
     ]
     form = output_format(request.format, is_adapter=content.is_adapter)
+    if request.format == SAFETENSORS and _RESERVED in content.tensors:
+        raise CheckpointError(
+            f"{source.path}: a tensor is named {_RESERVED}, under which safetensors files keep "
+            "what isn't one; use --format torch"
+        )
     # PEFT knows no adapters in several files.
     limit = sys.maxsize if content.is_adapter else request.most_bytes
     return Plan(
@@ -105,6 +119,25 @@ def make_plan(source: Source, request: Request) -> Plan:
         warnings=tuple(warnings),
         leaves_out=content.is_adapter and len(content.tensors) < len(source.sets[request.weights]),
     )
+
+
+def _with_other_sets(source: Source, chosen: str) -> Source:
+    """The source, with the averages that a state dict's files may hold beside the model."""
+    files = source.index.files
+    if any(file.suffix != ".bin" for file in files):
+        return source
+    others = read_other_sets(files, chosen=chosen)
+    if MODEL in others:
+        raise CheckpointError(
+            f"{source.path}: holds two sets of weights, and both are its model (state_dict, "
+            "model); save the one that is meant alone"
+        )
+    index = source.index
+    if chosen in others:
+        entries = {(name, WEIGHT): entry for name, entry in others[chosen].items()}
+        index = TensorIndex(files=files, entries=entries)
+        index.check_tiling()
+    return replace(source, index=index, sets={**source.sets, **others})
 
 
 def _origin(tensor: OutputTensor) -> Sequence[object]:
