@@ -144,7 +144,7 @@ def _read_dcp(path: Path, directories: Sequence[Path]) -> ForeignCheckpoint:
     by_file = {
         file: find for table, find in zip(tables, sources, strict=True) for file in table.items
     }
-    index = merge([read_dcp(directory, tells_bare=True) for directory in directories])
+    index = merge([read_dcp(directory) for directory in directories])
     if index.param_groups is None and any(k not in ("weight", "buffer") for _, k in index.entries):
         raise CheckpointError(f"{path}: has an optimizer's state without its groups")
     return ForeignCheckpoint(

@@ -7,11 +7,10 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bigtrain.checkpoint.dtypes import dtype_named
 from bigtrain.checkpoint.formats.dcp import METADATA, counted, inside
-from bigtrain.checkpoint.inert import Inert, brief, class_name, read_pickle
+from bigtrain.checkpoint.inert import brief, read_pickle
 from bigtrain.checkpoint.manifest import Part
 from bigtrain.checkpoint.torch_file import Archive
 from bigtrain.checkpoint.witness import Record, Records, RecordSource
@@ -57,11 +56,9 @@ def item_records(checkpoint: Path, parts: Sequence[Part]) -> RecordSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DcpItems:
-    """What a DCP directory's `.metadata` says of its items, beside the tensors' shapes."""
+    """What a DCP directory's `.metadata` says of its items, beside what they are."""
 
     directory: Path
-    keys: tuple[str, ...]
-    """Of tensors, as they are stored."""
     items: Mapping[Path, Sequence[tuple[int, int]]]
     """(offset, length) of the items in each file, sorted."""
 
@@ -115,11 +112,10 @@ class DcpItems:
 
 
 def read_dcp_items(directory: Path) -> DcpItems:
-    """The keys and items of a DCP directory."""
+    """Where the items of a DCP directory lie."""
     path = directory / METADATA
     metadata = read_pickle(path.read_bytes(), path=path)
     try:
-        stored: Mapping[str, Inert] = metadata.fields["state_dict_metadata"]
         items: dict[str, list[tuple[int, int]]] = {}
         for info in metadata.fields["storage_data"].values():
             place = (counted(info.fields["offset"]), counted(info.fields["length"]))
@@ -131,13 +127,8 @@ def read_dcp_items(directory: Path) -> DcpItems:
         ) from fault
     return DcpItems(
         directory=directory,
-        keys=tuple(key for key, value in stored.items() if _is_tensor(value)),
         items={files[name]: sorted(places) for name, places in items.items()},
     )
-
-
-def _is_tensor(stored: Any) -> bool:
-    return class_name(stored) == "TensorStorageMetadata"
 
 
 def _check_zip(archive: Archive, offset: int) -> int:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp, split_key
+from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp_sets
+from bigtrain.checkpoint.formats.dcp_keys import MODEL as MODEL
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
 from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed, latest_step
 from bigtrain.checkpoint.formats.torch_state_dict import state_dict_files
@@ -34,19 +35,6 @@ from bigtrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-MODEL = "model"
-"""The set of weights that is meant when none is named."""
-_SETS = ("model", "ema", "ema_model", "model_ema", "module", "state_dict")
-"""First parts of a DCP key that tell sets of weights apart, rather than modules."""
-_STATE = (
-    "optim",
-    "optimizer",
-    "optimizers",
-    "lr_scheduler",
-    "scheduler",
-    "dataloader",
-    "train_state",
-)
 _FSDP = ("pytorch_model_fsdp_0", "fsdp_model", "distributed_checkpoint")
 _STEP = re.compile(r"(\d+)(?:\.ckpt)?$")
 _RUN_STEP = re.compile(r"(checkpoint|global_step|step)[-_]?\d+$")
@@ -259,13 +247,14 @@ def _read_dcp(path: Path, trust_times: bool, *, root: Path | None = None) -> Sou
     items.check_files()
     if not trust_times:
         items.check_times(tolerance_s=_CLOCKS_S)
-    index = read_dcp(path)
+    index, sets = read_dcp_sets(path)
+    named = f" ({', '.join(sets)})" if set(sets) - {MODEL} else ""
     return Source(
         path=root or path,
-        kind=f"torch DCP of {len(items.items)} files",
+        kind=f"torch DCP of {len(items.items)} files{named}",
         index=index,
         step=_step_of(root or path),
-        sets=_dcp_sets(items.keys, index),
+        sets=sets,
         find_record=items.records(),
         check_all=items.check_all,
     )
@@ -290,20 +279,6 @@ def _weights(index: TensorIndex) -> dict[str, TensorEntry]:
     return {
         name: entry for (name, kind), entry in index.entries.items() if kind in (WEIGHT, BUFFER)
     }
-
-
-def _dcp_sets(keys: Sequence[str], index: TensorIndex) -> dict[str, dict[str, TensorEntry]]:
-    """The sets of weights. `{"model": state_dict}` and a bare state dict both begin a key with
-    `model.` at times: it is a set's name only where every key begins with one."""
-    model_keys = [key for key in keys if key.partition(".")[0] not in _STATE]
-    bare = any(key.partition(".")[0] not in _SETS for key in model_keys)
-    sets: dict[str, dict[str, TensorEntry]] = {}
-    for key in model_keys:
-        root, _, rest = key.partition(".")
-        name, kind = split_key(key)
-        chosen, inner = (MODEL, key) if bare else (root, rest)
-        sets.setdefault(chosen, {})[inner] = index.entry(name, kind)
-    return sets
 
 
 def _step_of(path: Path) -> int | None:

@@ -4,20 +4,21 @@
 of a `.distcp` file that holds it: a whole `torch.save` zip. Keys as torch's `get_state_dict`
 writes them: `model.<name>`, `optim.state.<name>.<kind>`, `optim.param_groups.<i>.<field>`. Others
 say `optimizer` for `optim` (accelerate), and torchtitan, which flattens the optimizer's state,
-`optimizer.param_groups.<name>.<field>`.
+`optimizer.param_groups.<name>.<field>`; what each stands for, `dcp_keys` tells.
 """
 
 from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bigtrain.checkpoint.boxes import Box, box_extents, contiguous_strides
 from bigtrain.checkpoint.dtypes import DType, dtype_named
+from bigtrain.checkpoint.formats.dcp_keys import MODEL, Keys, Sets, read_keys
 from bigtrain.checkpoint.index import WEIGHT, Extent, Extents, TensorEntry, TensorIndex
 from bigtrain.checkpoint.inert import (
     Inert,
@@ -34,11 +35,8 @@ from bigtrain.checkpoint.torch_file import Archive, TensorRef
 from bigtrain.errors import CheckpointError
 
 METADATA = ".metadata"
-MODEL = "model"
 STATE = "optim.state"
 GROUPS = "optim.param_groups"
-_STATES = (f"{STATE}.", "optimizer.state.")
-_GROUPS = (f"{GROUPS}.", "optimizer.param_groups.")
 _LONGEST_NAME = 255
 """Of a file, on nearly all file systems."""
 
@@ -63,8 +61,7 @@ class _Directory:
     path: Path
     files: tuple[Path, ...]
     tensors: Mapping[str, tuple[DType, tuple[int, ...], tuple[Box, ...]]]
-    objects: frozenset[str]
-    """Keys of what is no tensor."""
+    keys: Keys
     items: Mapping[tuple[str, tuple[int, ...] | None], _Item]
     """By key and, for a tensor, the chunk's offsets."""
 
@@ -74,32 +71,53 @@ def is_dcp(directory: Path) -> bool:
     return (directory / METADATA).is_file()
 
 
-def read_dcp(directory: Path, *, tells_bare: bool = False) -> TensorIndex:
+def read_dcp(directory: Path) -> TensorIndex:
     """The index of one DCP directory. A stored item is opened when its extents are asked for.
 
-    With `tells_bare`, `model.` counts as a part of weights' own names where not every weight's key
-    begins with it: then a bare state dict was saved, whose modules have that name.
+    The weights of the set `model` go by their names in it, those of others by their keys.
     """
+    index, _ = read_dcp_sets(directory)
+    return index
+
+
+def read_dcp_sets(directory: Path) -> tuple[TensorIndex, Sets[Mapping[str, TensorEntry]]]:
+    """The same, and the sets of weights in it."""
     with without_collecting():
-        return _index(_read_metadata(directory), tells_bare=tells_bare)
+        found = _read_metadata(directory)
+        names = _names(found.keys)
+        index = _index(found, names)
+    sets = {
+        set_name: {name: index.entries[names[key]] for name, key in weights.items()}
+        for set_name, weights in found.keys.sets.items()
+    }
+    return index, Sets(sets)
 
 
-def _index(found: _Directory, *, tells_bare: bool) -> TensorIndex:
-    weights = [key for key in found.tensors if split_key(key)[1] == WEIGHT]
-    is_bare = tells_bare and not all(key.startswith(f"{MODEL}.") for key in weights)
+def _names(keys: Keys) -> dict[str, tuple[str, str]]:
+    """(name, kind) of the tensor that is stored under each key."""
+    names = dict(keys.states)
+    for weights in keys.sets.values():
+        names |= {key: (key, WEIGHT) for key in weights.values()}
+    return names | {key: (name, WEIGHT) for name, key in keys.sets.get(MODEL, {}).items()}
+
+
+def _index(found: _Directory, names: Mapping[str, tuple[str, str]]) -> TensorIndex:
     chunks: dict[tuple[int, int], _Chunk] = {}
     entries: dict[tuple[str, str], TensorEntry] = {}
 
     def locate(file: int, offset: int) -> int:
         return _locate(found, chunks[file, offset])
 
-    for key, (dtype, shape, boxes) in found.tensors.items():
+    for key, (name, kind) in names.items():
+        if (name, kind) in entries:
+            raise CheckpointError(
+                f"{found.path / METADATA}: {key} is the {kind} of {name}, and another key is it "
+                "too; save it again with the model in a dict of its own"
+            )
+        dtype, shape, boxes = found.tensors[key]
         items = [_item_of(found, key, box) for box in boxes]
         for item, box in zip(items, boxes, strict=True):
             chunks[item.file, item.offset] = _Chunk(key, box)
-        name, kind = split_key(key)
-        if is_bare and kind == WEIGHT:
-            name = key
         try:
             extents = _extents(shape, dtype, boxes, items, locate)
         except (ValueError, TypeError, IndexError, OverflowError) as fault:
@@ -138,15 +156,6 @@ def _extents(
             shape, box, file=item.file, offset=item.offset, itemsize=dtype.itemsize
         )
     return Extents(extents, locate=locate)
-
-
-def split_key(key: str) -> tuple[str, str]:
-    """(name, kind) of the tensor that DCP stores as `key`."""
-    for prefix in _STATES:
-        if key.startswith(prefix):
-            name, _, kind = key.removeprefix(prefix).rpartition(".")
-            return name, kind
-    return key.removeprefix(f"{MODEL}."), WEIGHT
 
 
 def join_key(name: str, kind: str) -> str:
@@ -192,17 +201,17 @@ def _parse(directory: Path, metadata: Mapping[str, Any]) -> _Directory:
             files[name], counted(where["offset"]), counted(where["length"])
         )
     tensors = {}
-    objects = set()
+    objects = []
     for key, stored in metadata["state_dict_metadata"].items():
         if class_name(stored) == "TensorStorageMetadata":
             tensors[key] = _parse_tensor(stored)
         else:
-            objects.add(key)
+            objects.append(key)
     return _Directory(
         path=directory,
         files=tuple(directory / name for name in files),
         tensors=tensors,
-        objects=frozenset(objects),
+        keys=read_keys(tensors, objects, metadata.get("planner_data")),
         items=items,
     )
 
@@ -270,7 +279,7 @@ def _is_row_major(stored: TensorRef) -> bool:
 
 def _read_groups(found: _Directory) -> tuple[Mapping[str, Any], ...] | None:
     groups: dict[str, dict[str, Any]] = {}
-    for key, (owner, field) in _group_keys(found):
+    for key, (owner, field) in sorted(found.keys.groups.items()):
         item = found.items.get((key, None))
         if item is None:
             raise CheckpointError(f"{found.path}: {key} is listed but not stored")
@@ -292,14 +301,3 @@ def _joined_groups(by_name: Mapping[str, Mapping[str, Any]]) -> tuple[Mapping[st
         group = joined.setdefault(repr(sorted(fields.items())), {**fields, "params": []})
         group["params"].append(name)
     return tuple(joined.values())
-
-
-def _group_keys(found: _Directory) -> Iterator[tuple[str, tuple[str, str]]]:
-    for key in sorted(found.objects):
-        for prefix in _GROUPS:
-            if key.startswith(prefix):
-                rest = key.removeprefix(prefix)
-                number, _, field = rest.partition(".")
-                if not number.isdigit():
-                    number, _, field = rest.rpartition(".")
-                yield key, (number, field)
