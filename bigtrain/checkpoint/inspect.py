@@ -19,6 +19,7 @@ from bigtrain.checkpoint.formats.committed import read_committed
 from bigtrain.checkpoint.formats.transformers_dir import NamesNeededError
 from bigtrain.checkpoint.index import TensorIndex, tiling_fault
 from bigtrain.checkpoint.manifest import (
+    MALFORMED,
     MANIFEST,
     PARTS,
     Manifest,
@@ -232,7 +233,7 @@ def _unfinished(path: Path) -> Inspection:
     for file in sorted((path / PARTS).glob("rank-*.json")):
         try:
             parts.append(Part.from_bytes(file.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (OSError, *MALFORMED):
             continue  # renamed away, or damaged: then it is missing
     index = read_committed(path, manifest=None, parts=parts)
     ranks = {part.rank for part in parts}

@@ -164,7 +164,7 @@ class Manifest:
             )
         try:
             return cls._from_document(document)
-        except _MALFORMED as fault:
+        except MALFORMED as fault:
             raise CheckpointError(f"{path}: not a manifest: {_gist(fault)}") from None
 
     @classmethod
@@ -188,7 +188,7 @@ class Manifest:
         return manifest
 
 
-_MALFORMED = (
+MALFORMED = (
     ArithmeticError,
     AttributeError,
     LookupError,
@@ -250,7 +250,7 @@ def read_part(checkpoint: Path, name: str, *, manifest: Manifest) -> Part:
         raise CheckpointError(f"{path}: is not as it was written; the checkpoint is damaged")
     try:
         return Part.from_bytes(data)
-    except _MALFORMED as fault:
+    except MALFORMED as fault:
         raise CheckpointError(f"{path}: not a part of a manifest: {_gist(fault)}") from None
 
 

@@ -3,6 +3,7 @@ and weights without an optimizer."""
 
 from __future__ import annotations
 
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ class PlainWeights(Saving):
         self._require_resumable(checkpoint, optimizer.is_file() and scheduler.is_file())
         scaler = checkpoint / "scaler.pt"
         files = [path for path in (optimizer, scheduler, scaler) if path.is_file()]
-        attempt(self.args.ranks, lambda: [require_whole_zip(path) for path in files])
+        for path in files:
+            attempt(self.args.ranks, functools.partial(require_whole_zip, path))
         device = str(self.engine.device)
         state = torch.load(optimizer, map_location=device, weights_only=True)
         if self.optimizer is not None:
