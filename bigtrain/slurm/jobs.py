@@ -166,7 +166,7 @@ def _remembered_states(job_id: str) -> Iterator[tuple[str, _Row]]:
 
 
 def _rows_of(text: str) -> dict[str, _Row]:
-    rows = {}
+    rows: dict[str, _Row] = {}
     for line in text.splitlines():
         job_id, state, elapsed, reason = [*line.split("|", 3), "", "", ""][:4]
         reason = "" if reason == "None" else reason
