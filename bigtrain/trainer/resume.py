@@ -24,9 +24,11 @@ from transformers.trainer_utils import (
 from bigtrain.checkpoint.agreement import attempt, gather_all, on_main
 from bigtrain.checkpoint.find import find_checkpoint, lost_manifest, require_checkpoint
 from bigtrain.checkpoint.foreign import is_foreign
+from bigtrain.checkpoint.inert import Inert
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
+from bigtrain.checkpoint.torch_file import Archive
 from bigtrain.checkpoint.verify import require_trainer_state, require_whole_zip
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import differences, environment, rng, schedule
@@ -155,6 +157,8 @@ class Resume(PlainWeights):
         chosen = found.path
         if chosen is None and search.since is None:
             chosen = self._find_last_of_others(search)
+            if chosen is not None:
+                _say_that_nothing_is_verified(chosen)
         for path, why in found.passed_over:
             if path == chosen:
                 break  # transformers' own, which has no manifest; those that follow are older
@@ -364,3 +368,22 @@ def _is_others(path: Path) -> bool:
     if is_ours(path) or lost_manifest(path):
         return False
     return is_foreign(path) or is_transformers(path)
+
+
+def _say_that_nothing_is_verified(path: Path) -> None:
+    """Of what has no manifest: a warning where bigtrain saved it, since it once had one."""
+    logger.log(
+        logging.WARNING if _has_our_arguments(path) else logging.INFO,
+        "%s has no manifest that describes it: it is gone on from as another tool's, and whether "
+        "its weights are those that were saved can't be told",
+        path,
+    )
+
+
+def _has_our_arguments(path: Path) -> bool:
+    try:
+        saved = Archive(path / TRAINING_ARGS_FILE).read()
+    except (CheckpointError, OSError):
+        return False
+    values = saved.state if isinstance(saved, Inert) else None
+    return isinstance(values, dict) and "on_save_failure" in values

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from transformers import TrainerCallback
 
 from bigtrain.checkpoint.blocks import BLOCK_BYTES
@@ -173,3 +176,23 @@ def test_a_flipped_bit_beside_others_adapters_is_refused(tmp_path: Path, name: s
     flip_in(path / name, "data/0" if name != "scheduler.pt" else "data.pkl")
     with pytest.raises(CheckpointError, match=f"{name}: its record"):
         adapted(save_strategy="no").train(resume_from_checkpoint=str(path))
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["bigtrain's", "transformers'"])
+def test_what_can_not_be_verified_is_said_where_it_once_could(
+    tmp_path: Path, is_ours: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path, max_steps=EVERY).train()
+    path = tmp_path / BEST
+    (path / "manifest.json").unlink()
+    shutil.rmtree(path / "manifest")
+    if not is_ours:
+        theirs = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        torch.save(theirs, path / "training_args.bin")
+    rest = run_of(tmp_path, save_strategy="no")
+    with caplog.at_level(logging.INFO, logger="bigtrain"):
+        rest.train(resume_from_checkpoint=True)
+    assert resumed_from(rest) == EVERY
+    (said,) = [r for r in caplog.records if "has no manifest that describes it" in r.getMessage()]
+    assert str(path) in said.getMessage()
+    assert said.levelno == (logging.WARNING if is_ours else logging.INFO)
