@@ -72,7 +72,8 @@ def box_extents(
 ) -> Iterator[Extent]:
     """Where a box that is stored at `offset` belongs in the flattened tensor of `shape`.
 
-    `file_strides` are those of the stored elements, in elements; row-major where not given.
+    `file_strides` are those of the stored elements, in elements; row-major where not given. A whole
+    tensor is one extent, however its elements lie.
     `offset` is kept apart from what has to be skipped after it, as it may be a container's.
     """
     if box.numel == 0:
@@ -86,10 +87,14 @@ def box_extents(
     inner = tuple(file_strides) if file_strides is not None else contiguous_strides(box.sizes)
     start = sum(at * stride for at, stride in zip(box.offsets, outer, strict=True))
     axes = _collapsed(box.sizes, outer, inner)
+    array = tuple((size, stored * itemsize) for size, _, stored in axes)
     run = 1
     if axes and axes[-1][1:] == (1, 1):
         run = axes.pop()[0]
     runs, stride, file_stride = axes.pop() if axes else (1, 0, 0)
+    if axes and box.sizes == tuple(shape):
+        yield Extent(file, offset, 0, box.numel, axes=array)
+        return
     for place in itertools.product(*(range(size) for size, _, _ in axes)):
         flat = sum(at * axis[1] for at, axis in zip(place, axes, strict=True))
         stored = sum(at * axis[2] for at, axis in zip(place, axes, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bigtrain.checkpoint.blocks import BLOCK_BYTES, FilePool, FileReader
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
+from bigtrain.checkpoint.strided import read_strided
 
 
 def read_elements(
@@ -23,6 +24,16 @@ def read_elements(
             continue
         first, last = max(start, extent.start), min(stop, extent.start + extent.run)
         piece = out[(first - start) * itemsize : (last - start) * itemsize]
+        if extent.axes:
+            read_strided(
+                extent.axes,
+                offset=extent.offset,
+                width=itemsize,
+                start=first - extent.start,
+                out=piece,
+                read=reader.read_into,
+            )
+            continue
         reader.read_into(extent.offset + (first - extent.start) * itemsize, piece)
 
 

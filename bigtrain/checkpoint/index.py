@@ -46,6 +46,9 @@ class Extent(NamedTuple):
     file_stride: int = 0
     skip: int = 0
     """Bytes to add to `offset`, where that names a container that was not opened yet."""
+    axes: tuple[tuple[int, int], ...] = ()
+    """Of a single run whose elements are no neighbours in the file, but an array of these sizes,
+    with steps in bytes. Its row-major order is that of the run."""
 
     @property
     def numel(self) -> int:
@@ -67,8 +70,10 @@ class Extents(Sequence[Extent]):
         locate: Callable[[int, int], int] | None = None,
     ) -> None:
         rows = sorted(extents, key=lambda extent: extent.start)
-        self._columns: Sequence[Sequence[int]] = tuple(
-            array("q", column) for column in zip(*rows, strict=True)
+        *numbers, axes = zip(*rows, strict=True) if rows else [()]
+        self._columns: Sequence[Sequence[Any]] = (
+            *(array("q", column) for column in numbers),
+            axes if any(axes) else _Same((), len(rows)),
         )
         self._length = len(rows)
         self._locate = locate
@@ -91,7 +96,7 @@ class Extents(Sequence[Extent]):
         extents = cls(locate=locate)
         extents._length = len(start)
         once, none = _Same(1, len(start)), _Same(0, len(start))
-        extents._columns = (*columns, once, none, none, none)
+        extents._columns = (*columns, once, none, none, none, _Same((), len(start)))
         return extents
 
     def __len__(self) -> int:
@@ -141,6 +146,11 @@ class Extents(Sequence[Extent]):
         runs = self._columns[Extent._fields.index("runs")]
         return not isinstance(runs, _Same) and max(runs) > 1
 
+    @property
+    def is_strided(self) -> bool:
+        """Whether any extent is an array in another order than the file's."""
+        return self._length > 0 and not isinstance(self._columns[-1], _Same)
+
     def tiles(self, numel: int) -> bool:
         """Whether extents of one run each hold `numel` elements, each of them once, in order."""
         if not self._length:
@@ -150,10 +160,10 @@ class Extents(Sequence[Extent]):
         return ends[-1] == numel and starts[0] == 0 and ends[:-1] == starts[1:]
 
 
-class _Same(Sequence[int]):
+class _Same(Sequence[Any]):
     """A column of one value."""
 
-    def __init__(self, value: int, length: int) -> None:
+    def __init__(self, value: Any, length: int) -> None:
         self._value, self._length = value, length
 
     def __len__(self) -> int:

@@ -143,6 +143,21 @@ def test_a_transformers_directory_with_shards_and_a_named_optimizer_is_read(tmp_
         read_foreign(tmp_path)
 
 
+def test_an_optimizers_state_in_any_order_is_read_in_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    moments = {
+        "exp_avg": torch.randn(4, 5, 3, 3).to(memory_format=torch.channels_last),
+        "exp_avg_sq": torch.randn(3, 3, 4, 5).permute(2, 3, 1, 0),
+    }
+    group = {"params": [0], "param_names": ["conv"], "lr": 0.1}
+    saved = {"state": {0: moments}, "param_groups": [group]}
+    torch.save(saved, tmp_path / "optimizer.pt")
+    index = read_optimizer(tmp_path / "optimizer.pt")
+    index.check_tiling()
+    for kind, value in moments.items():
+        assert torch.equal(read(index, "conv", kind), value)
+
+
 def test_an_optimizer_that_numbers_its_parameters_is_refused(tmp_path: Path) -> None:
     torch.save(make_state()[1].state_dict(), tmp_path / "optimizer.pt")
     with pytest.raises(CheckpointError, match="numbers its parameters and does not name them"):

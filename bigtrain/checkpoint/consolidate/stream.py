@@ -1,8 +1,8 @@
 """Copies tensors from wherever their elements lie to one place, in order and in little memory.
 
 The output is written from front to back. A tensor's extents are read straight into the buffer
-that is written next; where elements are cast, or lie interleaved (a tensor cut by columns), a
-small tile is put together first.
+that is written next; where elements are cast, lie interleaved (a tensor cut by columns) or in
+another order (a transposed one), a small tile is put together first.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ from bigtrain.checkpoint.consolidate.product import Product
 from bigtrain.checkpoint.consolidate.sink import BUFFER_BYTES, Sink
 from bigtrain.checkpoint.dtypes import DTYPES
 from bigtrain.checkpoint.index import Extent, TensorEntry, TensorIndex
+from bigtrain.checkpoint.strided import read_strided
 from bigtrain.checkpoint.witness import RecordSource, Witness, no_records
 
 _CAST_ELEMENTS = 1 << 17
 """At a time: source, result and what lies between stay in the processor's cache."""
 _TILE_BYTES = 8 << 20
 """Of interleaved tensors: with pieces by a thousand ranks, reads are still 8 KiB each."""
+_STRIDED_BYTES = 24 << 20
+"""Of tensors in another order than their file's: a transposed one's rows are all read for each
+tile, so that the time goes with their number. One worker at a time has such a tile."""
 _MERGED_BYTES = 4 << 20
 """Of rows that an adapter is added to, in float32."""
 _SPAN_BYTES = 4 << 20
@@ -68,15 +72,26 @@ def _enter(
     journal.copied(name, hashes[name], end=end, infinite=infinite)
 
 
-def _read_some(fd: int, path: Path, out: memoryview, offset: int) -> int:
-    try:
-        return os.preadv(fd, [out], offset)
-    except OSError as fault:  # which doesn't know the file's name
-        raise OSError(fault.errno, fault.strerror, str(path)) from fault
+def _fill(fd: int, path: Path, offset: int, out: memoryview) -> None:
+    filled = 0
+    while filled < out.nbytes:
+        try:
+            count = os.preadv(fd, [out[filled:]], offset + filled)
+        except OSError as fault:  # which doesn't know the file's name
+            raise OSError(fault.errno, fault.strerror, str(path)) from fault
+        if count == 0:
+            raise SpoiledError(
+                f"{path}: ends at byte {offset + filled}, {out.nbytes - filled} bytes too early; "
+                "the file is cut off"
+            )
+        filled += count
 
 
 class Copier:
-    """One worker. Its `witness` tells what it saw of the source."""
+    """One worker. Its `witness` tells what it saw of the source.
+
+    `merging` is held by the one that takes more memory: it merges, or turns a tensor round.
+    """
 
     def __init__(
         self,
@@ -151,6 +166,8 @@ class Copier:
         if tensor.update is not None:
             return self._copy_merged(tensor, tensor.update, sink, digest)
         cast = make_cast(tensor.entry.dtype, tensor.dtype)
+        if tensor.entry.extents.is_strided:
+            return self._copy_strided(tensor, cast, sink, digest)
         if tensor.entry.extents.is_interleaved:
             return self._copy_tiles(tensor, cast, sink, digest)
         if cast is None:
@@ -183,12 +200,27 @@ class Copier:
                 left -= count
         return infinite
 
-    def _copy_tiles(
+    def _copy_strided(
         self, tensor: OutputTensor, cast: Cast | None, sink: Sink, digest: Digest
+    ) -> int:
+        with self._merging:
+            try:
+                return self._copy_tiles(tensor, cast, sink, digest, tile_bytes=_STRIDED_BYTES)
+            finally:
+                self._scratch = memoryview(b"")
+
+    def _copy_tiles(
+        self,
+        tensor: OutputTensor,
+        cast: Cast | None,
+        sink: Sink,
+        digest: Digest,
+        *,
+        tile_bytes: int = _TILE_BYTES,
     ) -> int:
         infinite = 0
         entry, width = tensor.entry, tensor.entry.dtype.itemsize
-        step = _TILE_BYTES // width
+        step = tile_bytes // width
         for start in range(0, entry.numel, step):
             tile = self._gathered(entry, start, min(entry.numel, start + step))
             infinite += self._give_cast(tile, (width, tensor.dtype.itemsize), cast, sink, digest)
@@ -266,6 +298,9 @@ class Copier:
 
     def _gather(self, extent: Extent, width: int, start: int, stop: int, tile: memoryview) -> None:
         """Put what an extent holds of elements [start, stop) into their places in `tile`."""
+        if extent.axes:
+            self._gather_strided(extent, width, start, stop, tile)
+            return
         if extent.runs == 1:
             self._gather_cut(extent, width, start, stop, tile, 0)
             return
@@ -276,6 +311,22 @@ class Copier:
         for begin in range(first, last, together):
             self._scatter(extent, width, start, tile, begin, min(last, begin + together))
         self._gather_cut(extent, width, start, stop, tile, max(first, last))
+
+    def _gather_strided(
+        self, extent: Extent, width: int, start: int, stop: int, tile: memoryview
+    ) -> None:
+        """Of an extent in another order. Its bytes come out of theirs: they are checked later."""
+        path, fd = self._index.files[extent.file], self._descriptor(extent.file)
+        self.witness.needs(path, extent.offset)
+        low, high = max(start, extent.start), min(stop, extent.start + extent.run)
+        read_strided(
+            extent.axes,
+            offset=extent.offset,
+            width=width,
+            start=low - extent.start,
+            out=tile[(low - start) * width : (high - start) * width],
+            read=partial(_fill, fd, path),
+        )
 
     def _gather_cut(
         self, extent: Extent, width: int, start: int, stop: int, tile: memoryview, k: int
@@ -315,15 +366,7 @@ class Copier:
     def _read(self, file: int, offset: int, out: memoryview, sink: Sink | None = None) -> None:
         """Fill `out`, which is the sink's own room where one is given."""
         fd, path = self._descriptor(file), self._index.files[file]
-        filled = 0
-        while filled < out.nbytes:
-            count = _read_some(fd, path, out[filled:], offset + filled)
-            if count == 0:
-                raise SpoiledError(
-                    f"{path}: ends at byte {offset + filled}, {out.nbytes - filled} bytes too "
-                    "early; the file is cut off"
-                )
-            filled += count
+        _fill(fd, path, offset, out)
         if sink is None:
             self.witness.saw(path, fd, offset, out)
         else:
