@@ -29,7 +29,7 @@ def seconds_of(text: str | None) -> float | None:
         days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
     parts = text.split(":")
-    if not all(part.isdigit() for part in parts) or len(parts) > 3:
+    if not all(part.isdecimal() for part in parts) or len(parts) > 3:
         return None
     numbers = [int(part) for part in parts]
     if len(numbers) == 3:
