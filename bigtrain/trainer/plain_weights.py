@@ -4,6 +4,7 @@ and weights without an optimizer."""
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,8 @@ class PlainWeights(Saving):
         optimizer, scheduler = checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"
         self._require_resumable(checkpoint, optimizer.is_file() and scheduler.is_file())
         scaler = checkpoint / "scaler.pt"
-        files = [path for path in (optimizer, scheduler, scaler) if path.is_file()]
-        attempt(self.args.ranks, lambda: [require_whole_zip(path) for path in files])
+        for path in (optimizer, scheduler, scaler):
+            attempt(self.args.ranks, partial(require_whole_zip, path))
         device = str(self.engine.device)
         state = torch.load(optimizer, map_location=device, weights_only=True)
         if self.optimizer is not None:
