@@ -3,8 +3,8 @@ and weights without an optimizer."""
 
 from __future__ import annotations
 
-import functools
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,8 @@ class PlainWeights(Saving):
         optimizer, scheduler = checkpoint / "optimizer.pt", checkpoint / "scheduler.pt"
         self._require_resumable(checkpoint, optimizer.is_file() and scheduler.is_file())
         scaler = checkpoint / "scaler.pt"
-        files = [path for path in (optimizer, scheduler, scaler) if path.is_file()]
-        for path in files:
-            attempt(self.args.ranks, functools.partial(require_whole_zip, path))
+        for path in (optimizer, scheduler, scaler):
+            attempt(self.args.ranks, partial(require_whole_zip, path))
         device = str(self.engine.device)
         state = torch.load(optimizer, map_location=device, weights_only=True)
         if self.optimizer is not None:
