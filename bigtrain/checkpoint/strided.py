@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from operator import mul
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -40,19 +41,20 @@ def read_strided(
 
     stop = start + out.nbytes // width
     elements = numpy.frombuffer(out, f"V{width}")
+    # A map of its own, as the allocator would keep such a piece for each thread.
+    buffer = memoryview(mmap.mmap(-1, max(width, _BUFFER_BYTES)))
     done = 0
     for box in cut_range([size for size, _ in axes], start, stop):
         target = elements[done : done + box.numel].reshape(box.sizes)
         steps = [step for _, step in axes]
         first = offset + sum(map(mul, box.offsets, steps))
         order = sorted(range(len(axes)), key=steps.__getitem__, reverse=True)
-        _read_box(
-            [(box.sizes[dim], steps[dim]) for dim in order], first, target.transpose(order), read
-        )
+        box_axes = [(box.sizes[dim], steps[dim]) for dim in order]
+        _read_box(box_axes, first, target.transpose(order), buffer, read)
         done += box.numel
 
 
-def _read_box(axes: Axes, offset: int, target: Array, read: ReadBytes) -> None:
+def _read_box(axes: Axes, offset: int, target: Array, buffer: memoryview, read: ReadBytes) -> None:
     """Fill `target`, whose dims are `axes`, those of the largest steps first."""
     import numpy
     from numpy.lib.stride_tricks import as_strided
@@ -61,29 +63,30 @@ def _read_box(axes: Axes, offset: int, target: Array, read: ReadBytes) -> None:
     outer = axes[: len(axes) - together]
     sizes = [size for size, _ in outer]
     nbytes = math.prod(sizes) * span
-    if nbytes > _BUFFER_BYTES:
-        _read_parts(axes, offset, target, read, count=axes[0][0] * _BUFFER_BYTES // nbytes)
+    if nbytes > buffer.nbytes:
+        count = axes[0][0] * buffer.nbytes // nbytes
+        _read_parts(axes, offset, target, buffer, read, count=count)
         return
-    buffer = bytearray(nbytes)
-    view = memoryview(buffer)
     places = itertools.product(*(range(0, size * step, step) for size, step in outer))
     for number, place in enumerate(places):
-        read(offset + sum(place), view[number * span : (number + 1) * span])
+        read(offset + sum(place), buffer[number * span : (number + 1) * span])
     steps = [stride * span for stride in contiguous_strides(sizes)]
     steps += [step for _, step in axes[len(outer) :]]
-    target[...] = as_strided(numpy.frombuffer(buffer, target.dtype), target.shape, steps)
+    target[...] = as_strided(numpy.frombuffer(buffer[:nbytes], target.dtype), target.shape, steps)
 
 
-def _read_parts(axes: Axes, offset: int, target: Array, read: ReadBytes, *, count: int) -> None:
+def _read_parts(
+    axes: Axes, offset: int, target: Array, buffer: memoryview, read: ReadBytes, *, count: int
+) -> None:
     """The same, `count` indices of the first axis at a time."""
     (size, step), rest = axes[0], axes[1:]
     for begin in range(0, size, max(1, count)):
         at = offset + begin * step
         if count <= 1:
-            _read_box(rest, at, target[begin, ...], read)  # a view of one element too
+            _read_box(rest, at, target[begin, ...], buffer, read)  # a view of one element too
         else:
             part = target[begin : begin + count]
-            _read_box([(len(part), step), *rest], at, part, read)
+            _read_box([(len(part), step), *rest], at, part, buffer, read)
 
 
 def _joined(axes: Axes, width: int) -> tuple[int, int]:

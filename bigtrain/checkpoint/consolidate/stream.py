@@ -7,6 +7,7 @@ another order (a transposed one), a small tile is put together first.
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -32,7 +33,7 @@ _CAST_ELEMENTS = 1 << 17
 """At a time: source, result and what lies between stay in the processor's cache."""
 _TILE_BYTES = 8 << 20
 """Of interleaved tensors: with pieces by a thousand ranks, reads are still 8 KiB each."""
-_STRIDED_BYTES = 24 << 20
+_STRIDED_BYTES = 16 << 20
 """Of tensors in another order than their file's: a transposed one's rows are all read for each
 tile, so that the time goes with their number. One worker at a time has such a tile."""
 _MERGED_BYTES = 4 << 20
@@ -204,6 +205,9 @@ class Copier:
         self, tensor: OutputTensor, cast: Cast | None, sink: Sink, digest: Digest
     ) -> int:
         with self._merging:
+            size = min(_STRIDED_BYTES, tensor.entry.nbytes)
+            # Memory that goes back at once: the allocator would keep it for each thread.
+            self._scratch = memoryview(mmap.mmap(-1, max(1, size)))
             try:
                 return self._copy_tiles(tensor, cast, sink, digest, tile_bytes=_STRIDED_BYTES)
             finally:
