@@ -50,11 +50,11 @@ class Saved:
         """The tensors of the module, among which there are placeholders for those that are `known`
         from elsewhere. What else it holds may be left out, but no weight and no buffer."""
         module = self.listed("module")
-        if not module:
-            raise CheckpointError(
-                f"{self.directory}: its model states hold no module, so no buffers; save it again"
-            )
         buffers = set(self.model[0].get("buffer_names") or ())
+        if buffers and not module:
+            raise CheckpointError(
+                f"{self.directory}: its model states name buffers, but hold no module; save it again"
+            )
         for name, value in module.items():
             is_needed = name in buffers or (not _is_extra_state(name) and _holds_tensors(value))
             if is_needed and name not in known and not isinstance(value, TensorRef):

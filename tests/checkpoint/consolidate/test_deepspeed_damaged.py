@@ -178,8 +178,18 @@ def test_what_is_no_plain_tensor_is_not_left_out_silently(
 @pytest.mark.parametrize("module", [None, {}])
 def test_without_its_module_buffers_are_missing(module: Any, stage: int, tmp_path: Path) -> None:
     step = written(tmp_path / "step", lambda optim, model: model.update(module=module), stage=stage)
-    with pytest.raises(CheckpointError, match="hold no module, so no buffers"):
+    with pytest.raises(CheckpointError, match="name buffers, but hold no module"):
         consolidate(step, tmp_path / "out")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("module", [None, {}])
+def test_without_buffers_the_module_is_not_needed(module: Any, stage: int, tmp_path: Path) -> None:
+    def edit(optim: States, model: States) -> None:
+        model.update(module=module, buffer_names=[])
+
+    found = read_deepspeed(written(tmp_path / "step", edit, stage=stage))
+    assert {name for name, _ in found.index.entries} == {"a", "b"}
 
 
 @pytest.mark.filterwarnings("ignore:.*[Qq]uantize")
