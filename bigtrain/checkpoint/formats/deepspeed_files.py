@@ -53,7 +53,7 @@ class Saved:
         buffers = set(self.model[0].get("buffer_names") or ())
         if buffers and not module:
             raise CheckpointError(
-                f"{self.directory}: its model states name buffers, but hold no module; save it again"
+                f"{self.directory}: its model states name buffers, but no module; save it again"
             )
         for name, value in module.items():
             is_needed = name in buffers or (not _is_extra_state(name) and _holds_tensors(value))

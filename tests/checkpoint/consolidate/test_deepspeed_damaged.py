@@ -178,7 +178,7 @@ def test_what_is_no_plain_tensor_is_not_left_out_silently(
 @pytest.mark.parametrize("module", [None, {}])
 def test_without_its_module_buffers_are_missing(module: Any, stage: int, tmp_path: Path) -> None:
     step = written(tmp_path / "step", lambda optim, model: model.update(module=module), stage=stage)
-    with pytest.raises(CheckpointError, match="name buffers, but hold no module"):
+    with pytest.raises(CheckpointError, match="name buffers, but no module"):
         consolidate(step, tmp_path / "out")
 
 
