@@ -25,7 +25,7 @@ from bigtrain.errors import CheckpointError
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Signature, and the lengths of name and extra field; the payload follows those two."""
-_NO_ZIP = (
+NO_ZIP = (
     zipfile.BadZipFile,
     OSError,
     EOFError,
@@ -97,7 +97,7 @@ class Archive:
         with self._opened() as (zipped, _):
             try:
                 return zipped.testzip()
-            except _NO_ZIP as fault:
+            except NO_ZIP as fault:
                 raise CheckpointError(f"{self.path}: is damaged ({fault})") from fault
 
     def _content(self, zipped: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
@@ -106,7 +106,7 @@ class Archive:
             raise CheckpointError(f"{self.path}: is {how}, which torch.save never does")
         try:
             return zipped.read(record)
-        except _NO_ZIP as fault:
+        except NO_ZIP as fault:
             raise CheckpointError(f"{self.path}: is damaged ({fault})") from fault
 
     def _check_byte_order(self, zipped: zipfile.ZipFile, record: zipfile.ZipInfo) -> None:
@@ -139,7 +139,7 @@ class Archive:
             section = _Section(file.fileno(), self._offset, self._length)
             try:
                 zipped = zipfile.ZipFile(section)
-            except _NO_ZIP as fault:
+            except NO_ZIP as fault:
                 section.seek(0)
                 if section.read(len(_BEFORE_ZIP)) == _BEFORE_ZIP:
                     raise CheckpointError(

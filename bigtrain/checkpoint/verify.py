@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from bigtrain.checkpoint.formats.committed import read_committed
 from bigtrain.checkpoint.index import TensorIndex
 from bigtrain.checkpoint.manifest import Manifest, Part, read_manifest, read_parts
 from bigtrain.checkpoint.node_view import digests_of, elsewhere, own_ranks, seen_from
+from bigtrain.checkpoint.torch_file import NO_ZIP
 from bigtrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -35,17 +34,6 @@ _TRAINER_VALUES: dict[str, tuple[type, ...]] = {
     "best_model_checkpoint": (str, NoneType),
 }
 """Of the trainer's state, what training goes on from."""
-_NO_ZIP = (
-    zipfile.BadZipFile,
-    OSError,
-    EOFError,
-    NotImplementedError,
-    RuntimeError,
-    ValueError,
-    struct.error,
-    zlib.error,
-)
-"""What Python's zipfile raises over damaged files."""
 _TRIED_BYTES = 64 << 10
 """Of a file of which every bit is tried: a second or two."""
 
@@ -160,7 +148,7 @@ def require_whole_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as zipped:
             are_stored = any(record.CRC for record in zipped.infolist())
             damaged = zipped.testzip() if are_stored else None
-    except _NO_ZIP as fault:
+    except NO_ZIP as fault:
         raise CheckpointError(f"{path}: is damaged ({fault}); use another checkpoint") from fault
     if damaged is not None:
         raise CheckpointError(
