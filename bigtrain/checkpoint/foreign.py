@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.find import require_checkpoint
+from bigtrain.checkpoint.find import lost_manifest, require_checkpoint
 from bigtrain.checkpoint.formats.dcp import is_dcp, read_dcp
 from bigtrain.checkpoint.formats.deepspeed import read_deepspeed
 from bigtrain.checkpoint.formats.deepspeed_files import is_deepspeed, latest_step
@@ -72,8 +72,11 @@ class ForeignCheckpoint:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether there is a step with an optimizer's state in the directory, in a known format."""
-    return path.is_dir() and (
+    """Whether there is a step with an optimizer's state in the directory, in a known format, and
+    it is not bigtrain's without its manifest."""
+    if not path.is_dir() or lost_manifest(path):
+        return False
+    return (
         _zero_directory(path) is not None
         or is_dcp(path)
         or _first(path, _OPTIMIZER_FILES) is not None
@@ -91,7 +94,7 @@ def has_been_split(path: Path) -> bool:
 def require_training_state(path: Path) -> Path:
     """`path`, where training can go on from it, whoever wrote it; else an error that says what is
     there instead."""
-    if path.is_dir() and not (path / MANIFEST).is_file() and is_foreign(path):
+    if not (path / MANIFEST).is_file() and is_foreign(path):
         return path
     return require_checkpoint(path)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from bigtrain.checkpoint.agreement import attempt
 from bigtrain.checkpoint.blocks import FilePool
 from bigtrain.checkpoint.elements import read_elements
-from bigtrain.checkpoint.find import lost_manifest, require_checkpoint
+from bigtrain.checkpoint.find import require_checkpoint
 from bigtrain.checkpoint.foreign import (
     ForeignCheckpoint,
     has_been_split,
@@ -261,7 +261,7 @@ def open_checkpoint(path: Path, *, names: Names | None = None) -> LoadedCheckpoi
     are needed for those formats of others that only number them. Raises CheckpointError.
     """
     is_ours = (path / MANIFEST).is_file() and not has_been_split(path)
-    if not is_ours and not lost_manifest(path) and is_foreign(path):
+    if not is_ours and is_foreign(path):
         foreign = read_foreign(path, names=names)
         pool = FilePool(find_record=foreign.find_record)
         return LoadedCheckpoint(path, index=foreign.index, pool=pool, foreign=foreign)
