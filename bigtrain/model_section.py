@@ -27,6 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from bigtrain.arguments.model_fields import config_faults
 from bigtrain.data.byte_tokenizer import make_byte_tokenizer
 from bigtrain.errors import ConfigError
+from bigtrain.paths import below
 from bigtrain.run_inputs import directory_faults
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -162,7 +163,7 @@ def model_factory(
 
 def _place(name: str, root: Path) -> str:
     """A local directory's path where there is one of that name, else the name as a hub id."""
-    local = root / Path(name).expanduser()
+    local = below(root, name, label="model")
     if local.is_dir() or name.startswith(("/", "./", "../", "~")):
         return str(local)
     return name

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bigtrain.errors import ConfigError, LaunchError
-from bigtrain.secrecy import SECRET_ADVICE, looks_secret
+from bigtrain.secrecy import SECRET_ADVICE, holds_secret
 from bigtrain.topology import Topology
 from bigtrain.translate.config import (
     ArgumentFate,
@@ -85,7 +85,7 @@ class RunPlan:
     """
 
     def __post_init__(self) -> None:
-        secrets = [name for name in self.environment if looks_secret(name)]
+        secrets = [name for name, value in self.environment.items() if holds_secret(name, value)]
         if secrets:
             raise ConfigError([f"{name}: {SECRET_ADVICE}" for name in secrets])
 

@@ -13,6 +13,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.layers import Override
 from bigtrain.memory_report import as_json as forecast_as_json
 from bigtrain.memory_report import comparison
+from bigtrain.paths import below
 from bigtrain.plan import RunPlan
 from bigtrain.plan_diff import differences, recorded_plan
 from bigtrain.plan_report import report, table
@@ -113,7 +114,7 @@ def compare(question: Question, *, as_json: bool) -> str:
 def diff(question: Question, other: str, *, as_json: bool) -> str:
     """What differs from another run file, with the same flags, or from a recorded plan."""
     plan = make_plan(question.request(), question.surroundings())
-    place = question.working_dir / Path(other).expanduser()
+    place = below(question.working_dir, other)
     recorded = recorded_plan(place)
     if recorded is None:
         request = dataclasses.replace(question.request(), target=other)

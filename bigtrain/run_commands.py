@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bigtrain.cluster.run_logs import Source
 
 from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.paths import expand_home
 
 _POLL_S = 0.5
 _LIST_S = 5.0
@@ -146,11 +147,9 @@ def _output_dir_of_file(path: Path) -> Path:
     values = read_run_file(path, label=str(path)).values
     training, name = values.get("training"), values.get("name") or path.stem
     below = training.get("output_dir") if isinstance(training, dict) else None
-    place = Path(str(values.get("output_dir") or below or f"runs/{name}"))
-    try:
-        return place.expanduser()
-    except RuntimeError:
-        raise ConfigError(f"{path}: output_dir: {place}: there is no such home directory") from None
+    return expand_home(
+        str(values.get("output_dir") or below or f"runs/{name}"), label=f"{path}: output_dir"
+    )
 
 
 def _lines(

@@ -21,7 +21,7 @@ from bigtrain.arguments.values import did_you_mean, read_value
 from bigtrain.errors import ConfigError
 from bigtrain.layers import Layers, Override, lay
 from bigtrain.run_file import read_run_file
-from bigtrain.secrecy import SECRET_ADVICE, looks_secret
+from bigtrain.secrecy import SECRET_ADVICE, holds_secret
 from bigtrain.sections import (
     ClusterSection,
     DataSection,
@@ -367,7 +367,7 @@ def _cluster(layers: Layers) -> ClusterSection | None:
     variables = section.get("env") if isinstance(section, Mapping) else None
     for name, value in (variables if isinstance(variables, Mapping) else {}).items():
         path = ("cluster", "env", name)
-        if looks_secret(name):
+        if holds_secret(name, value):
             layers.fault(path, SECRET_ADVICE)
         elif isinstance(value, (list, dict)) or value is None:
             layers.fault(path, f"{value!r} is not text")

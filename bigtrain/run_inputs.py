@@ -13,6 +13,7 @@ from bigtrain.arguments.values import did_you_mean
 from bigtrain.data.files import columns, format_of, matching
 from bigtrain.data.sources import BUILTINS
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.paths import below
 from bigtrain.sections import DataSection, ModelSection, TokenizerSection
 
 _PATH_STARTS = ("/", "./", "../", "~")
@@ -32,7 +33,7 @@ def faults(
     if model is not None and model.name is not None:
         needed = ("config.json",) if tokenizer else ("config.json", "tokenizer_config.json")
         yield from directory_faults("model.name", model.name, needed, root)
-        yield from _config_faults(model, data, root / Path(model.name).expanduser())
+        yield from _config_faults(model, data, below(root, model.name, label="model.name"))
     if tokenizer is not None and tokenizer.name is not None:
         needed = ("tokenizer_config.json",)
         yield from directory_faults("tokenizer.name", tokenizer.name, needed, root)
@@ -44,7 +45,7 @@ def directory_faults(
     key: str, name: str, needed: tuple[str, ...], root: Path
 ) -> Iterator[tuple[str, str]]:
     """A name that can only be a path, or that is one here, has to hold what is loaded from it."""
-    path = root / Path(name).expanduser()
+    path = below(root, name, label=key)
     if not path.is_dir():
         if name.startswith(_PATH_STARTS):
             yield key, f"{name} is not a directory{_nearest(path)}"

@@ -32,6 +32,7 @@ _ALWAYS = frozenset(
 _MAYBE = frozenset({"KEY", "TOKEN"})
 _ENDINGS = ("APIKEY", "CREDENTIAL", "CREDENTIALS", "PASSPHRASE", "PASSWD", "PASSWORD", "PWD")
 _MAYBE_ENDINGS = ("SECRET", "TOKEN")
+_PLACES = ("_PATH", "_FILE", "_DIR")
 _NOT_SECRET = frozenset({"PWD", "OLDPWD"})  # the shell's working directories
 # How services begin their tokens; what follows is random.
 _SERVICES_TOKEN = re.compile(
@@ -47,6 +48,12 @@ def looks_secret(variable: str) -> bool:
         word in _ALWAYS | _MAYBE or word.endswith(_ENDINGS + _MAYBE_ENDINGS)
         for word in _words(variable)
     )
+
+
+def holds_secret(variable: str, value: object) -> bool:
+    """True where a variable's value is a secret, and not the path of a file that holds one."""
+    is_place = variable.upper().endswith(_PLACES) and "/" in str(value)
+    return looks_secret(variable) and not is_place
 
 
 def holds_token(text: str) -> bool:

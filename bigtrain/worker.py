@@ -34,6 +34,7 @@ from bigtrain.engine import build_engine, process_group
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.model_section import ModelFactory, load_tokenizer, model_factory
+from bigtrain.paths import expand_home
 from bigtrain.plan import PLAN_VARIABLE, RunPlan, current_plan
 from bigtrain.sample import as_lines, is_small, write_sample
 from bigtrain.topology import RankInfo
@@ -160,7 +161,7 @@ def _arguments(plan: RunPlan) -> TrainingArguments:
 
 def _cache_root(section: Mapping[str, Any]) -> Path:
     if section.get("cache_dir"):
-        return Path(section["cache_dir"]).expanduser()
+        return expand_home(section["cache_dir"], label="data.cache_dir")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "bigtrain" / "data"
 

@@ -192,6 +192,14 @@ def test_a_secret_s_value_can_not_enter_a_plan(name: str) -> None:
     )
 
 
+def test_the_path_of_a_file_that_holds_a_secret_may_be_in_a_plan() -> None:
+    variables = {"HF_TOKEN_PATH": "/home/me/.cache/huggingface/token"}
+
+    assert _plan(environment=variables).environment == variables
+    with pytest.raises(ConfigError, match="HF_TOKEN_PATH: a secret"):
+        _plan(environment={"HF_TOKEN_PATH": "hf_abcdefghijklmnop"})
+
+
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "MONKEY", "NCCL_DEBUG", "PWD", "PATH"])
 def test_ordinary_names_do_not_look_secret(name: str) -> None:
     assert not looks_secret(name)

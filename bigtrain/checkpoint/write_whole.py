@@ -7,6 +7,7 @@ name and then by its content; what is not there to the last bit goes to `trainin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -70,17 +71,16 @@ def _contents(
 ) -> tuple[dict[str, tuple[_Content, _Place]], dict[_Content, _Place]]:
     """What safetensors files hold, by name and by content."""
     index = read_safetensors(files)
-    pool = FilePool()
     by_name: dict[str, tuple[_Content, _Place]] = {}
     by_content: dict[_Content, _Place] = {}
-    for entry in index.entries.values():
-        data = memoryview(bytearray(entry.nbytes))
-        read_elements(index, entry, pool, start=0, out=data)
-        content = _Content(entry.dtype.name, entry.shape, hash_bytes(data))
-        first: Extent = entry.extents[0] if len(entry.extents) else Extent(0, 0, 0, 0)
-        by_name[entry.name] = (content, _Place(index.files[first.file], first.offset))
-        by_content.setdefault(content, by_name[entry.name][1])
-    pool.close()
+    with contextlib.closing(FilePool()) as pool:
+        for entry in index.entries.values():
+            data = memoryview(bytearray(entry.nbytes))
+            read_elements(index, entry, pool, start=0, out=data)
+            content = _Content(entry.dtype.name, entry.shape, hash_bytes(data))
+            first: Extent = entry.extents[0] if len(entry.extents) else Extent(0, 0, 0, 0)
+            by_name[entry.name] = (content, _Place(index.files[first.file], first.offset))
+            by_content.setdefault(content, by_name[entry.name][1])
     return by_name, by_content
 
 

@@ -18,6 +18,7 @@ from typing import TextIO
 
 from bigtrain.data.settings import COMPRESSIONS, FORMATS
 from bigtrain.errors import ConfigError, DataError
+from bigtrain.paths import below
 
 _LONGEST_HEADER = 1 << 16
 _HEADER_LINES = 20
@@ -43,7 +44,7 @@ def format_of(path: Path) -> str:
 
 def matching(pattern: str, root: Path) -> list[Path]:
     """The files that a path or a glob names, sorted. DataError where there are none."""
-    path = root / Path(pattern).expanduser()
+    path = below(root, pattern, label="data")
     # First as it stands: a file's own name may hold brackets.
     if path.is_file():
         return [path]

@@ -22,6 +22,7 @@ from bigtrain.memory.known_models import KNOWN_MODELS
 from bigtrain.memory.questions import Asker
 from bigtrain.memory.shapes import BYTES, ModelShapes, Parameter
 from bigtrain.memory.weight_files import from_weight_files
+from bigtrain.paths import below
 
 _BYTE_TOKENS = 257
 """Tokens of `tokenizer: {kind: bytes}`."""
@@ -91,7 +92,7 @@ def local_folder(
     name: str, revision: str | None, working_dir: Path, environment: Mapping[str, str]
 ) -> Path | None:
     """A model's directory: the path itself, or the snapshot that the hub's cache holds."""
-    path = working_dir / Path(name).expanduser()
+    path = below(working_dir, name, label="model.name")
     if path.is_dir():
         return path
     home = Path(environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface")

@@ -16,6 +16,7 @@ from bigtrain.arguments.schema import defaults, load_schema
 from bigtrain.arguments.values import nearest
 from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.layers import in_order
+from bigtrain.paths import below
 from bigtrain.plan import RunPlan
 from bigtrain.planning import automatic, nvme, preloading
 from bigtrain.planning.batch_size import Accumulation, accumulation
@@ -71,7 +72,7 @@ def _plan_run_file(target: Path, request: Request, surroundings: Surroundings) -
 
 
 def _find_target(name: str, working_dir: Path) -> Path:
-    path = working_dir / Path(name).expanduser()
+    path = below(working_dir, name)
     if path.is_dir():
         raise ConfigError(f"{name} is a directory; give a run file (.yaml) or a script (.py)")
     found = path if path.is_file() else bundled(name)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from bigtrain.arguments.values import did_you_mean
 from bigtrain.cluster import threads
 from bigtrain.errors import ConfigError
+from bigtrain.paths import below
 from bigtrain.planning.output_dir import next_attempt, run_id
 from bigtrain.planning.processes import Processes
 from bigtrain.planning.request import Surroundings
@@ -20,7 +21,7 @@ def place(
     target: Path, output_dir: str, surroundings: Surroundings, *, resume: str
 ) -> dict[str, Any]:
     """The fields of a plan that are paths, absolute, and which attempt of which run it is."""
-    directory = (surroundings.working_dir / Path(output_dir).expanduser()).resolve()
+    directory = below(surroundings.working_dir, output_dir, label="output_dir").resolve()
     return {
         "source": str(target.resolve()),
         "working_dir": str(surroundings.working_dir),
@@ -71,7 +72,7 @@ def resume(asked: str | None, training: Mapping[str, Any], working_dir: Path) ->
         return str(said)
     from bigtrain.checkpoint.foreign import require_training_state
 
-    path = (working_dir / Path(str(said)).expanduser()).resolve()
+    path = below(working_dir, str(said), label="resume").resolve()
     if not path.exists() and (hint := did_you_mean(str(said), ("auto", "never"))):
         raise ConfigError(f"resume: there is no {said!r} here{hint}")
     require_training_state(path)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.arguments.model_fields import read_config
+from bigtrain.paths import below
 from bigtrain.sections import ModelSection
 
 _HIDDEN_SIZES = ("hidden_size", "n_embd", "d_model", "dim")
@@ -25,7 +26,7 @@ def read_shape(section: ModelSection, working_dir: Path) -> ModelShape:
     """The shape of the model that the section names."""
     config = section.config
     if config is None and section.name is not None:
-        config = read_config(working_dir / Path(section.name).expanduser())
+        config = read_config(below(working_dir, section.name, label="model.name"))
     return _shape(config or {})
 
 

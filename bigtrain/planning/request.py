@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bigtrain.errors import ConfigError
 from bigtrain.layers import Override
+from bigtrain.paths import below
 from bigtrain.plan import RunPlan
 from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.run_file import read_run_file
@@ -54,7 +55,7 @@ def foreign_overrides(request: Request, surroundings: Surroundings) -> list[Over
     """What accelerate's config file says, in a run file's keys."""
     if request.accelerate_config is None:
         return []
-    path = surroundings.working_dir / Path(request.accelerate_config).expanduser()
+    path = below(surroundings.working_dir, request.accelerate_config, label="--accelerate-config")
     file = read_run_file(path, label=request.accelerate_config)
     if file.faults:
         raise ConfigError(file.faults)

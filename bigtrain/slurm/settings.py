@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.errors import ConfigError
-from bigtrain.secrecy import SECRET_ADVICE, holds_token, looks_secret
+from bigtrain.secrecy import SECRET_ADVICE, holds_secret, holds_token
 from bigtrain.slurm.options import place_of, read_options
 
 # `NAME=value` in bash; a value that begins so is not written there but found when the job runs.
 _ASSIGNMENT = re.compile(r"(?:^|[\s;&|])([A-Za-z_]\w*)=[\"']?([^\s\"']+)")
 _COMPUTED = ("$", "`", "<")
-_PLACES = ("_PATH", "_FILE", "_DIR")
 _GPU_COUNT = re.compile(r"(?:.*:)?(\d+)(?:\(.*\))?")
 
 
@@ -143,8 +142,7 @@ def _count(value: Any) -> int:
 
 def _setup(value: Any) -> str:
     for name, said in _ASSIGNMENT.findall(_text(value)):
-        is_elsewhere = said[:1] in _COMPUTED or (name.upper().endswith(_PLACES) and "/" in said)
-        if looks_secret(name) and not is_elsewhere:
+        if holds_secret(name, said) and said[:1] not in _COMPUTED:
             raise ValueError(f"{name}: {SECRET_ADVICE}")
     if holds_token(value):
         raise ValueError(f"a token stands in it: {SECRET_ADVICE}")

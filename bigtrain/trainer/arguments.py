@@ -27,6 +27,7 @@ from transformers.utils import logging
 
 from bigtrain.device import choose_device
 from bigtrain.errors import UnsupportedError
+from bigtrain.paths import expand_home
 from bigtrain.topology import RankInfo
 from bigtrain.trainer import environment, plugins
 
@@ -139,7 +140,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         self.__dict__.pop("deepspeed_plugin", None)
         self._check_configured_state()
         if self.logging_dir is not None:
-            self.logging_dir = str(Path(self.logging_dir).expanduser())
+            self.logging_dir = str(expand_home(self.logging_dir, label="logging_dir"))
 
     def settle(self) -> None:
         """What this class adds to transformers' own: the plan's word, and checks of its fields."""
@@ -152,7 +153,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
         if plan is None or plan.kind != "script" or "output_dir" not in plan.origins:
             return
         said = self.output_dir
-        if said is not None and Path(said).expanduser().absolute() != Path(plan.output_dir):
+        if said is not None and expand_home(said).absolute() != Path(plan.output_dir):
             origin = plan.origins["output_dir"]
             logger.warning_once(
                 f"output_dir is {plan.output_dir} ({origin}), not {said} as the script says"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from bigtrain.errors import ConfigError
+from bigtrain.paths import expand_home
 from bigtrain.translate import deepspeed_keys, given_json_options
 from bigtrain.translate.config import EngineName, EngineOptions
 from bigtrain.translate.deepspeed_keys import AUTO
@@ -46,7 +46,7 @@ def read(given: Any, field: str) -> dict[str, Any]:
     """A mapping, JSON text, or the path of a JSON file. ConfigError names `field`."""
     if isinstance(given, Mapping):
         return dict(given)
-    text = given if str(given).lstrip().startswith("{") else _read_text(Path(given), field)
+    text = given if str(given).lstrip().startswith("{") else _read_text(str(given), field)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -183,7 +183,8 @@ def _schedule_faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _read_text(path: Path, field: str) -> str:
+def _read_text(given: str, field: str) -> str:
+    path = expand_home(given, label=f"training.{field}")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import io
 import random
 from pathlib import Path
@@ -86,8 +87,7 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path: Path) -> None:
 def test_a_pool_reads_more_files_than_it_keeps_open(tmp_path: Path) -> None:
     paths = [tmp_path / str(i) for i in range(blocks._OPEN_FILES + 20)]
     digests = {path: write(path, path.name.encode()) for path in paths}
-    pool = FilePool(digests)
-    for path in paths + paths[:3]:
-        assert pool.reader(path).read(0, len(path.name)) == path.name.encode()
-    assert len(pool._open) == blocks._OPEN_FILES
-    pool.close()
+    with contextlib.closing(FilePool(digests)) as pool:
+        for path in paths + paths[:3]:
+            assert pool.reader(path).read(0, len(path.name)) == path.name.encode()
+        assert len(pool._open) == blocks._OPEN_FILES

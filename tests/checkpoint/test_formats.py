@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -36,11 +37,12 @@ from tests.checkpoint.test_torch_file import Hostile
 def read(index: TensorIndex, name: str, kind: str = "weight") -> torch.Tensor:
     """The whole tensor, in three reads."""
     entry = index.entry(name, kind)
-    source = IndexedSource(index, FilePool())
     whole = torch.empty(entry.numel, dtype=getattr(torch, entry.dtype.name))
-    for begin in range(0, entry.numel, max(1, entry.numel // 3)):
-        piece = whole[begin : begin + max(1, entry.numel // 3)]
-        source.read_into(name, kind, begin, piece)
+    with contextlib.closing(FilePool()) as pool:
+        source = IndexedSource(index, pool)
+        for begin in range(0, entry.numel, max(1, entry.numel // 3)):
+            piece = whole[begin : begin + max(1, entry.numel // 3)]
+            source.read_into(name, kind, begin, piece)
     return whole.reshape(entry.shape)
 
 
@@ -236,11 +238,12 @@ def test_shards_along_any_dim_are_read(tmp_path: Path) -> None:
     assert torch.equal(read(index, "columns"), base)
     assert torch.equal(read(index, "inner"), base)
     assert torch.equal(read(index, "plain"), torch.arange(5))
-    source = IndexedSource(index, FilePool())
-    for start in range(0, base.numel(), 7):
-        out = torch.empty(min(11, base.numel() - start))
-        source.read_into("columns", "weight", start, out)
-        assert torch.equal(out, base.reshape(-1)[start : start + 11])
+    with contextlib.closing(FilePool()) as pool:
+        source = IndexedSource(index, pool)
+        for start in range(0, base.numel(), 7):
+            out = torch.empty(min(11, base.numel() - start))
+            source.read_into("columns", "weight", start, out)
+            assert torch.equal(out, base.reshape(-1)[start : start + 11])
 
 
 def test_a_shard_that_is_missing_is_a_gap_before_anything_is_used(tmp_path: Path) -> None:

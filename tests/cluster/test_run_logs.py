@@ -99,16 +99,18 @@ def test_attempts_are_in_order_beyond_the_hundredth(tmp_path: Path) -> None:
 def test_more_logs_than_a_process_may_open_are_merged(tmp_path: Path) -> None:
     folder = tmp_path / "logs" / "attempt-01" / "node-000-a"
     folder.mkdir(parents=True)
-    for rank in range(300):
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 50
+    number = most + 200
+    for rank in range(number):
         text = f"2026-01-02 10:00:{rank % 60:02d},000 INFO x: {rank}\n"
         (folder / f"rank-{rank:05d}.log").write_text(text)
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
     try:
         texts = _texts([Reader(source) for source in sources(folder.parent)])
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert len(texts) == 300
+    assert len(texts) == number
     assert [text.split()[2] for text in texts] == sorted(text.split()[2] for text in texts)
 
 

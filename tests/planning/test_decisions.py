@@ -573,3 +573,16 @@ def test_what_a_script_with_bigtrain_s_trainer_says_itself_is_refused(folder: Pa
         "own.py uses bigtrain's Trainer, whose arguments say bf16: give it to the script, after --"
     )
     assert _make(folder, target="own.py").environment == {}
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "model={name: ~nobody-here/x}",
+        "data={train_files: [~nobody-here/x]}",
+        "output_dir=~nobody-here",
+    ],
+)
+def test_a_home_that_is_not_there_is_one_clear_fault(folder: Path, assignment: str) -> None:
+    assert "~nobody-here" in _fault(folder, assignment)
+    assert "there is no such home directory" in _fault(folder, assignment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,10 +23,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def read_tensor(found: DeepSpeedCheckpoint, name: str, kind: str) -> torch.Tensor:
     entry = found.index.entry(name, kind)
     out = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype.name))
-    pool = FilePool()
     view = memoryview(out.view(-1).view(torch.uint8).numpy())
-    read_elements(found.index, entry, pool, start=0, out=view)
-    pool.close()
+    with contextlib.closing(FilePool()) as pool:
+        read_elements(found.index, entry, pool, start=0, out=view)
     return out
 
 
