@@ -168,6 +168,8 @@ class Lifeline:
         """Let go of the other nodes."""
         os.write(self._wake, b"\n")
         self._watcher.join()
+        os.close(self._wake)
+        os.close(self._wake_end)
         for connection in self._connections.values():
             connection.close()
 
