@@ -51,6 +51,11 @@ def by_transformers_with_deepspeed(engine: Any, model: Any, path: Path, world: R
     torch.save({"cpu": torch.random.get_rng_state()}, path / f"rng_state_{world.rank}.pth")
 
 
+def by_accelerate_with_deepspeed(engine: Any, model: Any, path: Path, world: RankInfo) -> None:
+    """As `Accelerator.save_state` does: the tag is always the same."""
+    engine._deepspeed.save_checkpoint(str(path), "pytorch_model")
+
+
 def by_accelerate_fsdp(engine: Any, model: Any, path: Path, world: RankInfo) -> None:
     """As `save_fsdp_model` and `save_fsdp_optimizer` do with FSDP2."""
     dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=path / "pytorch_model_fsdp_0")
@@ -77,6 +82,7 @@ WRITERS = {
     "deepspeed stage 2": (Case("zero2", 3), by_deepspeed),
     "deepspeed stage 3": (Case("zero3", 2), by_deepspeed),
     "transformers with deepspeed": (Case("zero3", 2), by_transformers_with_deepspeed),
+    "accelerate with deepspeed": (Case("zero2", 2), by_accelerate_with_deepspeed),
     "accelerate with fsdp": (Case("fsdp", 2), by_accelerate_fsdp),
     "torchtitan": (Case("fsdp", 2), by_torchtitan),
     "accelerate": (SINGLE, by_accelerate),
