@@ -11,34 +11,9 @@ from typing import Any
 from transformers import TrainerState
 
 from bigtrain.checkpoint.foreign import has_been_split
-from bigtrain.checkpoint.manifest import MANIFEST, Progress
+from bigtrain.checkpoint.manifest import MANIFEST
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer.models import SAFETENSORS_FILE, TORCH_FILE
-
-
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """Where in the data training goes on, where the number of steps alone does not tell."""
-
-    epoch: int
-    windows: int
-    """Optimizer steps of now that hold the samples of the epoch that were seen."""
-    repeated: int = 0
-    """Samples that were seen and come again, being no whole step of now."""
-
-    @classmethod
-    def after(cls, progress: Progress, *, batch_size: int, is_sized: bool) -> Position:
-        """Behind what a checkpoint's run has seen, in steps of `batch_size` over all ranks.
-
-        Data without a length is read in passes, and how many steps one has, only the run knew.
-        """
-        seen, epoch = progress.samples_in_epoch, int(progress.epoch)
-        if not is_sized and seen >= progress.samples_seen:
-            epoch = 0  # its epoch is a share of all steps, and at the last one a whole
-        elif is_sized and epoch == progress.epoch:
-            seen = 0  # saved at an epoch's end
-        windows, repeated = divmod(seen, batch_size)
-        return cls(epoch=epoch, windows=windows, repeated=repeated)
 
 
 @dataclass(frozen=True, kw_only=True)

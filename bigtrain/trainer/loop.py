@@ -29,14 +29,14 @@ from bigtrain.trainer.core import their_logger
 from bigtrain.trainer.evaluation import Evaluation
 from bigtrain.trainer.hub import Hub
 from bigtrain.trainer.hyperparameters import HyperparameterSearch
-from bigtrain.trainer.resume import Resume
 from bigtrain.trainer.schedule import Schedule
+from bigtrain.trainer.start import Start
 from bigtrain.trainer.stopping import StopRequestedError
 
 logger = logging.getLogger(__name__)
 
 
-class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
+class Loop(Evaluation, Start, HyperparameterSearch, Hub):
     """How the trainer trains."""
 
     def train(
@@ -97,9 +97,8 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
     ) -> TrainOutput:
         self._train_batch_size = batch_size
         loader = self.get_train_dataloader()
-        schedule = Schedule.of(self.set_initial_training_values(self.args, loader))
-        self._start_state(schedule, checkpoint, trial)
-        checkpoint = self._prepare_training(schedule, loader, checkpoint, trial)
+        asked = Schedule.of(self.set_initial_training_values(self.args, loader))
+        checkpoint, schedule = self._prepare_training(asked, loader, checkpoint, trial)
         self._tell_what_runs(schedule)
         start_time = time.time()
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
@@ -287,41 +286,7 @@ class Loop(Evaluation, Resume, HyperparameterSearch, Hub):
             with self._reporter.pausing():
                 self._save_and_tell(model, trial)
 
-    # ---- Start and end ----
-
-    def _start_state(self, schedule: Schedule, checkpoint: Path | None, trial: Any) -> None:
-        self.state = self._new_state()
-        self.state.is_hyper_param_search = trial is not None
-        self.state.train_batch_size = self._train_batch_size
-        self.state.compute_steps(self.args, schedule.max_steps)
-        self._load_state(checkpoint, max_steps=schedule.max_steps)
-        self.state.init_training_references(self, schedule.max_steps, schedule.num_epochs, trial)
-        self.current_flos = 0.0
-        self._samples_seen = 0
-        self._position, self._saved_step = None, None
-        self._global_batch_size = schedule.global_batch_size
-        self._is_sized = schedule.is_sized
-        self._ends_within_window = False
-
-    def _prepare_training(
-        self, schedule: Schedule, loader: DataLoader[Any], checkpoint: Path | None, trial: Any
-    ) -> Path | None:
-        """Model and optimizer into the engine, the schedule on top, then what was saved: the
-        checkpoint that it was."""
-        preparation.prepare_engine(self, checkpoint)
-        if self._created_lr_scheduler:
-            self.lr_scheduler, self._created_lr_scheduler = None, False
-        self.create_scheduler(num_training_steps=schedule.max_steps)
-        if checkpoint is not None:
-            checkpoint = self._load_newest(
-                checkpoint, start_over=lambda path: self._start_state(schedule, path, trial)
-            )
-        if self.args.save_strategy != SaveStrategy.NO:
-            self._open_saver().warm_up(self.engine)
-        for name in ("model", "optimizer", "lr_scheduler"):
-            setattr(self.callback_handler, name, getattr(self, name))
-        self.callback_handler.train_dataloader = loader
-        return checkpoint
+    # ---- The end ----
 
     def _prepare_trained(self) -> tuple[nn.Module, Optimizer | None]:
         preparation.prepare_engine(self, None)

@@ -22,6 +22,7 @@ from bigtrain.trainer.arguments import TrainingArguments
 
 if TYPE_CHECKING:
     from bigtrain.trainer.loop import Loop
+    from bigtrain.trainer.start import Start
 
 
 def seed(args: TrainingArguments) -> None:
@@ -58,7 +59,7 @@ def restore_model(trainer: Loop) -> None:
         deactivate_neftune(trainer.model, trainer.neftune_hook_handle, trainer.accelerator)
 
 
-def prepare_engine(trainer: Loop, checkpoint: Path | None) -> None:
+def prepare_engine(trainer: Start, checkpoint: Path | None) -> None:
     """Make the optimizer, and give it and the model to the engine; once for both."""
     if checkpoint is not None and trainer._loads_before_preparing(checkpoint):
         trainer._load_from_checkpoint(checkpoint)

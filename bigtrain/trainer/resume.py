@@ -26,6 +26,7 @@ from bigtrain.checkpoint.find import find_checkpoint, lost_manifest, require_che
 from bigtrain.checkpoint.foreign import is_foreign
 from bigtrain.checkpoint.inert import Inert
 from bigtrain.checkpoint.load import LoadedCheckpoint, group_names, open_checkpoint, restore
+from bigtrain.checkpoint.manifest import read_manifest
 from bigtrain.checkpoint.node_agreement import newest_on_all_nodes, require_same
 from bigtrain.checkpoint.staging import committed
 from bigtrain.checkpoint.torch_file import Archive
@@ -33,7 +34,6 @@ from bigtrain.checkpoint.verify import require_trainer_state, require_whole_zip
 from bigtrain.errors import CheckpointError
 from bigtrain.trainer import differences, environment, rng, schedule
 from bigtrain.trainer.candidates import (
-    Position,
     Search,
     is_deepspeed,
     is_ours,
@@ -43,6 +43,7 @@ from bigtrain.trainer.candidates import (
 from bigtrain.trainer.models import TRAINING_ARGS_FILE
 from bigtrain.trainer.plain_weights import PlainWeights
 from bigtrain.trainer.saving import TRAINER_STATE_FILE
+from bigtrain.trainer.schedule import Position
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class Resume(PlainWeights):
 
     # ---- What ----
 
-    def _load_state(self, checkpoint: Path | None, *, max_steps: int) -> None:
+    def _load_state(self, checkpoint: Path | None) -> None:
         """The trainer's own state, from the checkpoint where it has one."""
         state = None if checkpoint is None else _saved_state(checkpoint)
         if checkpoint is None or state is None:
@@ -190,8 +191,6 @@ class Resume(PlainWeights):
             compare_trainer_and_checkpoint_args(self.args, self.state)
         if self.is_world_process_zero():
             differences.tell(checkpoint / TRAINING_ARGS_FILE, self.args)
-        # The arguments of now count; what was saved is only compared with them.
-        self.state.compute_steps(self.args, max_steps)
         self._load_callback_state()
 
     def _take_found_batch_size(self, checkpoint: Path) -> None:
@@ -233,7 +232,6 @@ class Resume(PlainWeights):
                 self._require_resumable(checkpoint, loaded.source.param_groups is not None)
             if checkpoint.resolve().parent == self._output_dir().resolve():
                 self._run_id = loaded.run_id
-            self._take_position(loaded)
             ranks = self.args.ranks
             restore(self.engine, loaded, world=ranks, optimizer=not resets)
             scheduler, scaler = attempt(
@@ -262,16 +260,20 @@ class Resume(PlainWeights):
             require_same(self.args.ranks, loaded)
         return loaded
 
-    def _take_position(self, loaded: LoadedCheckpoint) -> None:
-        """Where the data goes on, where the steps alone don't tell: another batch size than now
-        was used, or the data has no length and was read in passes."""
-        progress, now = loaded.progress, self._global_batch_size
-        self._samples_seen = progress.samples_seen
-        before = progress.global_batch_size
-        if before is None or (before == now and self._is_sized):
+    def _take_position(self, checkpoint: Path | None) -> None:
+        """Where the data goes on, where the steps alone don't tell: not all of them had as many
+        samples as those of now, or the data has no length and was read in passes."""
+        self._samples_seen, self._position = 0, None
+        if checkpoint is None or not is_ours(checkpoint):
             return
-        self._position = Position.after(progress, batch_size=now, is_sized=self._is_sized)
-        if self._position.repeated:
+        progress = attempt(self.args.ranks, lambda: read_manifest(checkpoint).progress)
+        self._samples_seen = progress.samples_seen
+        before, now = progress.global_batch_size, self._global_batch_size
+        is_even = before == now and progress.samples_seen == progress.step * now
+        if before is None or (is_even and self._is_sized):
+            return
+        self._position = Position.behind(progress, batch_size=now, is_sized=self._is_sized)
+        if self._position.repeated and self.is_world_process_zero():
             logger.warning(
                 "the checkpoint's %d samples of its epoch are no whole number of batches of %d: "
                 "%d of them are seen again",

@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -118,3 +119,11 @@ def test_skipped_steps_of_fp16_do_not_move_the_schedule(tmp_path: Path) -> None:
     rates = [e["learning_rate"] for e in run.state.log_history if "learning_rate" in e]
     assert run.state.global_step == 4
     assert rates[1] == rates[2] > rates[3]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_data_without_a_single_batch_is_a_mistake(tmp_path: Path, count: int) -> None:
+    run = trainer(tmp_path, data=Sentences(count), train_sampling_strategy="sequential")
+    run.args.dataloader_drop_last = True
+    with pytest.raises(ValueError, match="it has no batch at all"):
+        run.train()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
@@ -154,6 +155,87 @@ def test_another_batch_size_goes_on_behind_the_samples_that_were_seen(
     wider.train(resume_from_checkpoint=True)
     assert data.loaded == [*range(saved_at * 4 % 32, 32), *range(32)][: 64 - saved_at * 4]
     assert len(data.loaded) == 4 * left
+
+
+class StopAt(TrainerCallback):
+    """Ends the training, as for this test, after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step == self.step
+
+
+@pytest.mark.parametrize(
+    ("sizes", "saved_at", "asked", "steps", "epoch"),
+    [
+        ((4, 8), 4, {"num_train_epochs": 2}, 10, 2),
+        ((4, 8), 8, {"num_train_epochs": 2}, 12, 2),
+        ((8, 4), 2, {"num_train_epochs": 2}, 14, 2),
+        ((8, 4), 2, {"num_train_epochs": 1.5}, 10, 1.5),
+        ((4, 8), 6, {"num_train_epochs": 1}, 7, 1),
+        ((8, 4), 2, {"max_steps": 12}, 12, 1.75),
+        ((4, 8), 4, {"max_steps": 12}, 12, 2.5),
+        ((4, 16), 6, {"max_steps": 8}, 8, 1.5),
+    ],
+)
+def test_another_batch_size_ends_where_the_data_or_the_steps_that_were_asked_for_do(
+    tmp_path: Path,
+    sizes: tuple[int, int],
+    saved_at: int,
+    asked: dict[str, Any],
+    steps: int,
+    epoch: float,
+) -> None:
+    ran = []
+    for size, resume, stop in [
+        (sizes[0], None, saved_at),
+        (sizes[1], f"checkpoint-{saved_at}", None),
+        (sizes[1], f"checkpoint-{saved_at + 1}", None),  # which has steps of both sizes behind it
+    ]:
+        data = Sentences(32)
+        run = trainer(
+            tmp_path,
+            data=data,
+            per_device_train_batch_size=size,
+            save_strategy="steps",
+            save_steps=1,
+            train_sampling_strategy="sequential",
+            callbacks=[] if stop is None else [StopAt(stop)],
+            **asked,
+        )
+        run.train(resume_from_checkpoint=resume and str(tmp_path / resume))
+        ran.append((run, data.loaded))
+    _, whole, rest = ran
+
+    size = sizes[1]
+    begin = saved_at * sizes[0] // size * size
+    for (run, loaded), start in ((whole, begin), (rest, begin + size)):
+        assert run.state.global_step == run.state.max_steps == steps
+        assert run.state.epoch == epoch
+        assert run.lr_scheduler.get_last_lr() == [0.0, 0.0]
+        trained = [index % 32 for index in range(start, int(32 * epoch))]
+        # A loader reads a batch ahead, also of the last one.
+        assert loaded[: len(trained)] == trained and len(loaded) <= len(trained) + size
+    assert losses(rest[0]) == losses(whole[0])
+
+
+def test_a_stream_in_smaller_batches_ends_after_the_steps_that_were_asked_for(
+    tmp_path: Path,
+) -> None:
+    fields = {"save_strategy": "steps", "save_steps": 3, "lr_scheduler_type": "constant"}
+    trainer(tmp_path, data=Stream(200), max_steps=6, **fields).train()
+    rest = trainer(tmp_path, data=Stream(200), max_steps=8, per_device_train_batch_size=2, **fields)
+    rest.train(resume_from_checkpoint=True)
+    assert rest.state.global_step == 8
+    # Behind 24 samples, and without beginning the data again.
+    straight = trainer(
+        tmp_path / "b", data=Stream(200), max_steps=14, per_device_train_batch_size=2, **fields
+    )
+    straight.train()
+    assert rest._samples_seen == straight._samples_seen == 28
+    assert rest.state.epoch is not None and rest.state.epoch <= 1
 
 
 # ---- An edited state ----
