@@ -51,7 +51,6 @@ class Loop(Evaluation, Start, HyperparameterSearch, Hub):
         Ends by SystemExit where the cluster asked to stop, with a checkpoint saved.
         """
         self._memory_tracker.start()
-        self._hp_search_setup(trial)
         if self.args.save_strategy == SaveStrategy.NO and not self._stop.is_armed:
             return self._train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         with self._holding(self._output_dir(), self._plan, self.args.ranks):
@@ -69,6 +68,8 @@ class Loop(Evaluation, Start, HyperparameterSearch, Hub):
         if self.model_init is not None:
             self._start_over(trial)
         preparation.prepare_model(self)
+        # Behind `model_init`, which may draw from the trial, and before a trial's seed counts.
+        self._hp_search_setup(trial)
         run = find_executable_batch_size(
             self._train_at_batch_size, self._train_batch_size, self.args.auto_find_batch_size
         )

@@ -7,10 +7,15 @@ from typing import Any
 
 import optuna
 import pytest
+import transformers
+from transformers import LlamaForCausalLM
 from transformers.hyperparameter_search import OptunaBackend
 
+from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.trainer import Trainer
-from tests.trainer.samples import Points, Regression, arguments
+from tests.trainer.samples import Points, Regression, Sentences, arguments, tiny_llama
+
+OURS = (Trainer, TrainingArguments)
 
 
 def searcher(folder: Path, **changed: Any) -> Trainer:
@@ -63,3 +68,29 @@ def test_a_search_needs_a_model_init(tmp_path: Path, monkeypatch: pytest.MonkeyP
     run = Trainer(model=Regression(), args=arguments(tmp_path), train_dataset=Points(4))
     with pytest.raises(RuntimeError, match="model_init"):
         run.hyperparameter_search(backend="optuna", hp_space=rates)
+
+
+def test_a_search_over_the_seed_and_the_model_gives_transformers_numbers(tmp_path: Path) -> None:
+    def space(trial: Any) -> dict[str, Any]:
+        return {
+            "seed": trial.suggest_categorical("seed", [3, 5]),
+            "per_device_train_batch_size": trial.suggest_categorical("size", [2, 4]),
+        }
+
+    def model_init(trial: Any) -> LlamaForCausalLM:
+        # Drawn before the space is: the sampler's numbers come in this order.
+        layers = 1 if trial is None else trial.suggest_int("layers", 1, 3)
+        return LlamaForCausalLM(tiny_llama(num_hidden_layers=layers).config)
+
+    found = []
+    for kind, fields in ((transformers.Trainer, transformers.TrainingArguments), OURS):
+        run = kind(
+            args=arguments(tmp_path, kind=fields, eval_strategy="epoch", num_train_epochs=1),
+            train_dataset=Sentences(22),
+            eval_dataset=Sentences(9),
+            model_init=model_init,
+        )
+        sampler = optuna.samplers.RandomSampler(seed=1)
+        best = run.hyperparameter_search(hp_space=space, n_trials=4, sampler=sampler)
+        found.append((best.objective, best.hyperparameters))
+    assert found[0] == found[1]
