@@ -23,6 +23,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigtrain.engine.casting import cast_weights
 from bigtrain.memory.live_bytes import LiveBytes
+from bigtrain.memory.questions import REFUSED
 from bigtrain.model_section import add_adapters, gist
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +39,8 @@ def main() -> None:
     try:
         answer = answers[question["kind"]](question)
     except Exception as error:  # whatever a model's own code raises
-        sys.exit(f"{type(error).__name__}: {gist(error)}")
+        sys.stderr.write(f"{type(error).__name__}: {gist(error)}\n")
+        sys.exit(1 if isinstance(error, (ImportError, MemoryError)) else REFUSED)
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigtrain.errors import ConfigError
@@ -99,12 +100,13 @@ def test_weight_files_give_the_modules_shapes(family: str, tmp_path: Path) -> No
     assert {parameter.dtype for parameter in stored.parameters} == {"float32"}
 
 
-def _find(section: dict[str, Any], folder: Path, **environment: str) -> Any:
+def _find(section: dict[str, Any], folder: Path, *, asks: bool = True, **environment: str) -> Any:
     return find_model(
         section,
         tokenizer={"kind": "bytes"},
         working_dir=folder,
         environment={"PATH": "", "XDG_CACHE_HOME": str(folder / "cache"), **environment},
+        asks=asks,
     )
 
 
@@ -158,12 +160,108 @@ def test_a_model_that_can_not_be_made_is_told_in_the_words_of_what_refused_it(
 
     found = _find({"name": str(tmp_path)}, tmp_path)
 
-    assert found.shapes is None
+    assert found.shapes is None and found.is_refused
     assert found.why.startswith(
         "model: it can't be built to measure its memory: ValueError: Unrecognized configuration "
         "class <class 'transformers.models.t5.configuration_t5.T5Config'> for this kind of "
         "AutoModel: AutoModelForCausalLM."
     )
+
+
+def _saved(folder: Path, model_type: str, **fields: Any) -> Path:
+    config = CONFIG_MAPPING[model_type](**(_SMALL | fields))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def _with_more(folder: Path, **tensors: torch.Tensor) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+def _tied_with_its_head(folder: Path) -> None:
+    _saved(folder, "llama", tie_word_embeddings=True)
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    frequencies = {f"model.layers.{k}.self_attn.rotary_emb.inv_freq": torch.ones(6) for k in (0, 1)}
+    _with_more(folder, **{"lm_head.weight": head}, **frequencies)
+
+
+def _base_model(folder: Path) -> None:
+    LlamaModel(CONFIG_MAPPING["llama"](**_SMALL)).save_pretrained(folder)
+
+
+def _fewer_layers_than_stored(folder: Path) -> None:
+    config = json.loads((_saved(folder, "llama") / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
+def _as_gpt2_on_the_hub(folder: Path) -> None:
+    """Without the prefix, and with the causal masks that were buffers once."""
+    file = _saved(folder, "gpt2") / "model.safetensors"
+    stored = load_file(file)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    masks = {f"h.{k}.attn.bias": torch.ones(1, 1, 64, 64) for k in (0, 1)}
+    save_file(bare | masks, file, metadata={"format": "pt"})
+
+
+def _untied_bias(folder: Path) -> None:
+    _saved(folder, "qwen2", tie_word_embeddings=False)
+
+
+def _bert(folder: Path) -> None:
+    _saved(folder, "bert", is_decoder=True)
+    _with_more(folder, **{"bert.pooler.dense.weight": torch.ones(48, 48)})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("write", "asks"),
+    [
+        (_tied_with_its_head, True),
+        (_base_model, True),
+        (_fewer_layers_than_stored, True),
+        (_untied_bias, True),
+        (_as_gpt2_on_the_hub, True),
+        (_as_gpt2_on_the_hub, False),
+        (_bert, True),
+    ],
+)
+def test_a_directory_has_the_parameters_that_are_loaded_from_it(
+    write: Any, asks: bool, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    shapes = _find({"name": str(tmp_path)}, tmp_path, asks=asks).shapes
+
+    assert shapes.numel == loaded.num_parameters()
+    if asks:
+        assert _named(shapes) == [(n, tuple(p.shape)) for n, p in loaded.named_parameters()]
+
+
+@pytest.mark.parametrize("write", [_base_model, lambda folder: _saved(folder, "llama")])
+def test_weights_of_another_shape_than_the_config_s_are_refused(write: Any, tmp_path: Path) -> None:
+    write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+
+    with pytest.raises(ConfigError) as raised:
+        _find({"name": str(tmp_path)}, tmp_path)
+
+    assert str(raised.value) == (
+        f"model.name: {tmp_path}: model.embed_tokens.weight is 50 × 48 in its weight files, but "
+        "60 × 48 by its config.json; give the config.json that belongs to these weights"
+    )
+
+
+def test_another_config_in_the_same_place_is_asked_anew(tmp_path: Path) -> None:
+    for layers in (1, 2):
+        config = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": layers}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+        shapes = _find({"name": str(tmp_path)}, tmp_path).shapes
+
+        assert len(shapes.units) == 1 + layers
 
 
 @pytest.mark.parametrize(
@@ -205,7 +303,8 @@ def test_a_model_in_the_hub_s_cache_is_found(tmp_path: Path) -> None:
 
     found = _find({"name": "a/b", "dtype": "bf16"}, tmp_path, HF_HOME=str(tmp_path))
 
-    assert found.shapes.source == "headers of model.safetensors"
+    assert found.shapes.source == "formula for llama"
+    assert found.shapes.parameters[0].dtype == "bf16"
     assert found.shapes.numel == _real("llama", **_SMALL).num_parameters()
 
 
