@@ -159,7 +159,7 @@ def _checkpoints(values: Mapping[str, Any], steps: int | None) -> int | None:
     if strategy == "no":
         return 0
     if strategy == "epoch" and steps is None:
-        return int(values["num_train_epochs"])
+        return math.ceil(values["num_train_epochs"])  # the end of a part of one is one, too
     if strategy != "steps" or steps is None:
         return None
     every = values["save_steps"]

@@ -18,7 +18,7 @@ from bigtrain.plan import RunPlan, write_plan
 from bigtrain.planning import Request, Surroundings, compare_engines, make_plan
 from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.planning.engine_choice import Candidate, candidates, choose
-from bigtrain.planning.forecast import Forecast, forecast, read_bytes, verdict
+from bigtrain.planning.forecast import Forecast, forecast, make_schedule, read_bytes, verdict
 from bigtrain.share import share_root
 
 _GPU = 80 << 30
@@ -229,6 +229,46 @@ def test_checkpoints_without_a_limit_are_not_bounded(tmp_path: Path) -> None:
     assert (found.disk.kept, found.disk.peak) == (None, None)
     limited = _forecast(_plan("run.yaml", "training.max_steps=-1", folder=tmp_path), tmp_path)
     assert limited.disk is not None and limited.disk.kept == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (("save_total_limit=-1",), 4),
+        (("save_total_limit=0",), 4),
+        (("save_total_limit=1",), 1),
+        (("save_total_limit=1", "load_best_model_at_end=true"), 2),
+        (("save_total_limit=1", "metric_for_best_model=loss"), 2),
+        (("save_total_limit=3", "load_best_model_at_end=true"), 3),
+        (("save_total_limit=9",), 4),
+    ],
+)
+def test_as_many_checkpoints_are_counted_as_the_trainer_keeps(
+    said: tuple[str, ...], kept: int, tmp_path: Path
+) -> None:
+    run = _RUN.replace("128}", "128, eval_split: 0.1}")
+    (tmp_path / "run.yaml").write_text(run)
+    cadence = ("eval_strategy=steps", "eval_steps=30", *said)
+
+    plan = _plan("run.yaml", *(f"training.{value}" for value in cadence), folder=tmp_path)
+    disk = _forecast(plan, tmp_path).disk
+
+    assert disk is not None and disk.peak is not None
+    assert disk.kept == kept
+    assert disk.peak - disk.model == (kept + 1) * disk.checkpoint
+
+
+@pytest.mark.parametrize(("epochs", "checkpoints"), [("0.5", 1), ("1.5", 2), ("2", 2)])
+def test_the_end_of_a_part_of_an_epoch_is_saved_too(
+    epochs: str, checkpoints: int, tmp_path: Path
+) -> None:
+    """As a run with these does it."""
+    (tmp_path / "run.yaml").write_text(_RUN)
+    said = ("save_strategy=epoch", "max_steps=-1", f"num_train_epochs={epochs}")
+
+    plan = _plan("run.yaml", *(f"training.{value}" for value in said), folder=tmp_path)
+
+    assert make_schedule(plan).checkpoints == checkpoints
 
 
 def test_an_optimizer_whose_state_is_not_known_is_said_so(tmp_path: Path) -> None:
