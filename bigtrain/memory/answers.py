@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from bigtrain.engine.casting import cast_weights
 from bigtrain.memory.live_bytes import LiveBytes
@@ -47,12 +48,14 @@ def main() -> None:
 def _shapes(question: Mapping[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         model = _make_model(question)
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     parameters = [
         {
             "name": name,
             "shape": list(parameter.shape),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "trained": parameter.requires_grad,
+            "transposed": id(parameter) in transposed,
         }
         for name, parameter in model.named_parameters()
     ]

@@ -211,7 +211,11 @@ def read_parameter(entry: Mapping[str, Any]) -> Parameter:
     if dtype not in BYTES:
         raise ValueError(f"{dtype} is no type of elements")
     return Parameter(
-        name=name, shape=counts(entry["shape"]), dtype=dtype, trained=bool(entry["trained"])
+        name=name,
+        shape=counts(entry["shape"]),
+        dtype=dtype,
+        trained=bool(entry["trained"]),
+        is_transposed=bool(entry["transposed"]),
     )
 
 

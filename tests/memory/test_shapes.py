@@ -125,7 +125,8 @@ def test_a_family_without_a_formula_is_asked_once(tmp_path: Path) -> None:
 
 def test_a_kept_answer_that_is_damaged_is_asked_for_again(tmp_path: Path) -> None:
     question = {"kind": "shapes"}
-    right = {"parameters": [{"name": "a", "shape": [2, 3], "dtype": "float32", "trained": True}]}
+    parameter = {"name": "a", "shape": [2, 3], "dtype": "float32"}
+    right = {"parameters": [parameter | {"trained": True, "transposed": False}]}
     asked: list[str] = []
 
     class Counting(Asker):
@@ -328,18 +329,38 @@ def test_layers_are_the_units_and_the_rest_is_the_root() -> None:
     assert sum(map(len, shapes.units)) == len(shapes.parameters)
 
 
-def test_lora_s_shapes_are_peft_s() -> None:
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ["q_proj", "down_proj"]),
+        ("llama", ["self_attn.q_proj"]),
+        ("llama", ["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "proj"]),
+        ("gpt2", ["c_attn", "mlp.c_fc"]),
+    ],
+)
+def test_lora_s_shapes_are_peft_s(family: str, targets: list[str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(_real("llama", **_SMALL), config)
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": targets}
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(_real(family, **_SMALL), config)
 
-    shapes = from_formula({"model_type": "llama", **_SMALL}, dtype="fp32")
-    assert shapes is not None
+    shapes = _find({"config": {"model_type": family, **_SMALL}}, tmp_path).shapes
     adapted = with_adapters(shapes, lora)
 
     real = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
     assert {p.name: (p.shape, p.trained) for p in adapted.parameters} == real
+
+
+def test_lora_on_no_module_of_the_model_is_refused() -> None:
+    shapes = from_formula({"model_type": "llama", **_SMALL}, dtype="fp32")
+
+    assert shapes is not None
+    with pytest.raises(ConfigError) as raised:
+        with_adapters(shapes, {"rank": 4, "target_modules": ["attn.q_proj", "proj"]})
+
+    assert str(raised.value) == (
+        "model.lora.target_modules: the model has no module named attn.q_proj, proj"
+    )
 
 
 @pytest.mark.parametrize(
