@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from bigtrain.memory.shapes import BYTES, ModelShapes, Parameter
 from bigtrain.memory.weight_files import from_weight_files
 from bigtrain.paths import below
 
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.A)
 _BYTE_TOKENS = 257
 """Tokens of `tokenizer: {kind: bytes}`."""
 
@@ -89,8 +91,7 @@ def local_folder(
     path = below(working_dir, name, label="model.name")
     if path.is_dir():
         return path
-    home = Path(environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(environment.get("HF_HUB_CACHE") or home / "hub")
+    hub = _hub_cache(working_dir, environment)
     repository = hub / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
     try:
@@ -99,6 +100,20 @@ def local_folder(
         commit = revision or ""
     snapshot = repository / "snapshots" / commit
     return snapshot if commit and snapshot.is_dir() else None
+
+
+def _hub_cache(working_dir: Path, environment: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps repositories (its `constants.py`)."""
+
+    def at(text: str) -> str:
+        home = environment.get("HOME") or str(Path.home())
+        own = f"{home}{text[1:]}" if text == "~" or text.startswith("~/") else text
+        return _VARIABLE.sub(lambda found: environment.get(found[1] or found[2], found[0]), own)
+
+    cache = environment.get("XDG_CACHE_HOME", at("~/.cache"))
+    home = at(environment.get("HF_HOME", str(Path(cache, "huggingface"))))
+    hub = environment.get("HUGGINGFACE_HUB_CACHE", str(Path(home, "hub")))
+    return working_dir / at(environment.get("HF_HUB_CACHE", hub))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,12 +93,13 @@ def _unknown_optimizer(plan: RunPlan) -> str:
 
 
 def model_of(plan: RunPlan, environment: Mapping[str, str], *, asks: bool = True) -> Model:
-    """The plan's model, as far as it can be known here; without `asks`, at once."""
+    """The plan's model, as far as it can be known here; without `asks`, at once. The hub's cache is
+    where the ranks will have it."""
     return find_model(
         plan.model,
         tokenizer=plan.tokenizer,
         working_dir=Path(plan.working_dir),
-        environment=environment,
+        environment={**environment, **plan.environment},
         asks=asks,
     )
 

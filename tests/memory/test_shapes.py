@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigtrain.errors import ConfigError
 from bigtrain.memory.adapters import with_adapters
-from bigtrain.memory.discovery import find_model, read_parameter
+from bigtrain.memory.discovery import find_model, local_folder, read_parameter
 from bigtrain.memory.families import FAMILIES, architecture, from_formula
 from bigtrain.memory.known_models import KNOWN_MODELS
 from bigtrain.memory.questions import Asker
@@ -307,6 +309,30 @@ def test_a_model_in_the_hub_s_cache_is_found(tmp_path: Path) -> None:
     assert found.shapes.source == "formula for llama"
     assert found.shapes.parameters[0].dtype == "bf16"
     assert found.shapes.numel == _real("llama", **_SMALL).num_parameters()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$HOME/${ELSE}/hf"},
+        {"HF_HOME": ""},
+        {"XDG_CACHE_HOME": "xdg"},
+        {"HUGGINGFACE_HUB_CACHE": "old", "HF_HOME": "hf"},
+        {"HUGGINGFACE_HUB_CACHE": "old", "HF_HUB_CACHE": "~/new"},
+    ],
+)
+def test_the_hub_s_cache_is_where_huggingface_hub_has_it(
+    said: dict[str, str], tmp_path: Path
+) -> None:
+    code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    environment = {"HOME": str(tmp_path / "home"), "ELSE": "else", **said}
+    cache = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    snapshot = tmp_path / cache.strip() / "models--a--b" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+
+    assert local_folder("a/b", "c0ffee", tmp_path, environment) == snapshot
 
 
 def test_the_byte_tokenizer_sizes_a_vocabulary_that_is_not_said(tmp_path: Path) -> None:
