@@ -18,6 +18,7 @@ from typing import Any
 from bigtrain.arguments.values import did_you_mean
 
 _MAPPING = ("models/auto/auto_mappings.py", "models/auto/configuration_auto.py")
+_CAUSAL = ("models/auto/modeling_auto.py",)
 _BASES = ("PreTrainedConfig", "PretrainedConfig")
 # What a config takes besides its own fields: older spellings that transformers still converts.
 ALSO_TAKEN = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
@@ -63,6 +64,9 @@ def config_faults(
     if known and model_type not in known:
         yield "model_type", f"{model_type!r} is unknown{did_you_mean(model_type, known)}"
         return
+    if why := _no_causal_model(model_type):
+        yield "model_type", why
+        return
     kind = config_class(model_type)
     if kind is None:
         return
@@ -98,6 +102,8 @@ def stored_faults(config: Mapping[str, Any], *, runs_code: bool) -> Iterator[str
         code = "; model.trust_remote_code: true runs the code that comes with it"
         hint = code if "auto_map" in config else did_you_mean(model_type, known)
         yield f"config.json: model_type: {model_type!r:.80} is unknown{hint}"
+    elif why := _no_causal_model(model_type):
+        yield f"config.json: model_type: {why}"
     elif kind := config_class(model_type):
         yield from (f"config.json: {key}: {why}" for key, why in _mistyped(config, kind))
 
@@ -218,11 +224,25 @@ def _special_modules() -> Mapping[str, str]:
     return _mapping("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")
 
 
-def _mapping(name: str) -> dict[str, str]:
+@lru_cache(maxsize=1)
+def _causal_models() -> Mapping[str, str]:
+    """Every `model_type` that AutoModelForCausalLM knows, with the name of its model's class."""
+    return _mapping("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", _CAUSAL)
+
+
+def _no_causal_model(model_type: str) -> str:
+    """What is wrong with a type that no run file can train; else empty."""
+    known = _causal_models()
+    if not known or model_type in known:
+        return ""
+    return f"{model_type!r} is no causal language model in transformers, and a run file trains one"
+
+
+def _mapping(name: str, files: tuple[str, ...] = _MAPPING) -> dict[str, str]:
     """A table that transformers builds of pairs, and adds to with `update`."""
     folder = _installed()
     found: dict[str, str] = {}
-    for file in _MAPPING if folder else ():
+    for file in files if folder else ():
         for node in _parsed(folder / file).body:  # type: ignore[operator]
             is_made = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
             is_added = isinstance(node, ast.Expr) and ast.unparse(node).startswith(f"{name}.update")
