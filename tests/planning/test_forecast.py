@@ -277,6 +277,31 @@ def test_an_optimizer_whose_state_is_not_known_is_said_so(tmp_path: Path) -> Non
     done = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw")
 
     assert "as Adam's: what galore_adamw keeps is not known" in done.stdout, done.stderr
+    shown = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw", "--json")
+    assert json.loads(shown.stdout)["forecast"]["memory"]["unknown_optimizer"] == "galore_adamw"
+
+
+def test_what_is_missing_and_what_a_launch_refuses_is_told_to_programs_too(tmp_path: Path) -> None:
+    """T5 in the hub's cache, whose directory is not looked at before the model is asked."""
+    repository = tmp_path / "hub" / "models--a--b"
+    (repository / "snapshots" / "c0ffee").mkdir(parents=True)
+    (repository / "snapshots" / "c0ffee" / "config.json").write_text('{"model_type": "t5"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    (tmp_path / "run.yaml").write_text(
+        "model: a/b\ntokenizer: {kind: bytes}\ndata: {train_files: gone.txt}\nengine: single\n"
+    )
+    said = ("run.yaml", "--set", f"cluster.env.HF_HOME={tmp_path}", "--device-memory", "80GiB")
+
+    text = _command(tmp_path, *said).stdout
+    found = json.loads(_command(tmp_path, *said, "--json").stdout)
+
+    (missing,), (refused,) = found["missing"], found["refused"]
+    assert missing.startswith("run.yaml:3: data.train_files: ")
+    assert refused.startswith("model: it can't be built to measure its memory: ValueError: Unrec")
+    assert f"Launch will refuse it\n  {refused}" in text
+    assert f"Missing on this machine\n  {missing}" in text
+    assert f"unknown  {refused}" in text
 
 
 @pytest.mark.parametrize(
