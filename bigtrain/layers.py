@@ -88,6 +88,13 @@ class Layers:
         place = f"{self.origin(path)}: {key}" if key else self._label
         self._faults.append(f"{place}: {what}")
 
+    def take_out(self, path: KeyPath) -> None:
+        """Forget what is said at `path`."""
+        *around, key = path
+        branch = self.value(tuple(around))
+        if isinstance(branch, dict):
+            branch.pop(key, None)
+
     def faults(self, told: Iterable[str]) -> None:
         """Note faults that say themselves where they are."""
         self._faults.extend(told)

@@ -21,7 +21,7 @@ from bigtrain.arguments.values import did_you_mean, read_value
 from bigtrain.errors import ConfigError
 from bigtrain.layers import Layers, Override, lay
 from bigtrain.run_file import read_run_file
-from bigtrain.secrecy import SECRET_ADVICE, holds_secret
+from bigtrain.secrecy import SECRET_ADVICE, holds_secret, secrets_in
 from bigtrain.sections import (
     ClusterSection,
     DataSection,
@@ -55,6 +55,8 @@ _TOLD_OF_SCRIPTS = frozenset(
         "max_grad_norm",
     }
 )
+_LOOKED_AT_ELSEWHERE = (("training", "hub_token"), ("cluster", "slurm"))
+"""What else than a plain value may stand there: it is judged by its own rules."""
 _KNOWN = (*_TOP_LEVEL, *_SECTIONS, "training")
 _S = TypeVar("_S", bound=Section)
 
@@ -137,6 +139,7 @@ def read_run_config(
     """
     label = label or str(path)
     layers = lay(read_run_file(path, label=label), overrides, label=label, foreign=foreign)
+    _take_secrets_out(layers)
     _refuse_unknown(layers)
     top = _top_level(layers)
     training = _training(layers, top)
@@ -181,6 +184,7 @@ def load_script_config(
     Of `training`, a script takes only what chooses and fills the engine; the rest it sets itself.
     """
     layers = lay(None, overrides, label="the command line", foreign=foreign)
+    _take_secrets_out(layers)
     for key in layers.values:
         if key not in ("engine", "cluster", "name", "output_dir", "training"):
             layers.fault((key,), "a script sets this itself: give it to the script, after --")
@@ -202,6 +206,15 @@ def load_script_config(
         training=training,
         origins=layers.origins,
     )
+
+
+def _take_secrets_out(layers: Layers) -> None:
+    """Refuse values that are secrets, before another fault could show them."""
+    for path in list(secrets_in(layers.values)):
+        if path[:2] in _LOOKED_AT_ELSEWHERE:
+            continue
+        layers.fault(path, SECRET_ADVICE)
+        layers.take_out(path[: 3 if path[:2] == ("cluster", "env") else 2])
 
 
 def _refuse_unknown(layers: Layers) -> None:

@@ -160,7 +160,7 @@ def _checkpoints(values: Mapping[str, Any], steps: int | None) -> int | None:
     if strategy == "no":
         return 0
     if strategy == "epoch" and steps is None:
-        return math.ceil(values["num_train_epochs"])  # the end of a part of one is one, too
+        return math.ceil(float(values["num_train_epochs"]))  # the end of a part of one is one, too
     if strategy != "steps" or steps is None:
         return None
     every = values["save_steps"]
