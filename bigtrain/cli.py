@@ -21,6 +21,7 @@ from bigtrain import run_commands
 from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.printable import printable
 
 if TYPE_CHECKING:
     from bigtrain.layers import Override
@@ -119,8 +120,13 @@ def _script_arguments_hint(words: list[str]) -> str | None:
 
 
 def error_text(error: BigtrainError) -> str:
-    """`error: what`, or a list where there are several faults."""
-    faults = error.faults if isinstance(error, ConfigError) else (str(error),)
+    """`error: what`, or a list where there are several faults, each on one line.
+
+    What has no list of faults may have lines of its own.
+    """
+    if not isinstance(error, ConfigError):
+        return "\n".join(map(printable, f"error: {error}".split("\n")))
+    faults = [printable(fault) for fault in error.faults]
     if len(faults) == 1:
         return f"error: {faults[0]}"
     return "\n".join((f"error: {len(faults)} faults", *(f"  {fault}" for fault in faults)))
