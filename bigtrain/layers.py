@@ -198,6 +198,16 @@ def _leaves(path: KeyPath, value: Any) -> Iterator[str]:
             yield from _leaves((*path, key), inner)
 
 
+def plain_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value in a tree of mappings and lists, with where it stands."""
+    if isinstance(value, (Mapping, list)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from plain_values(inner, (*path, str(key)))
+    else:
+        yield path, value
+
+
 def in_order(faults: Iterable[str]) -> list[str]:
     """By file and line, where they say one."""
     return sorted(faults, key=_by_line)

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+
+from bigtrain.layers import plain_values
 
 SECRET_ADVICE = (
     "a secret's value must not be written into a plan; "
@@ -71,16 +72,9 @@ def holds_token(text: str) -> bool:
     return _SERVICES_TOKEN.search(text) is not None
 
 
-def secrets_in(value: Any, *, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Where in a tree of plain values secrets stand, below `path`, whose last part is its name."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from secrets_in(inner, path=(*path, str(key)))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from secrets_in(inner, path=(*path, str(index)))
-    elif isinstance(value, str) and (_is_named_so(path[-1], value) or _holds_one(value)):
-        yield path
+def is_secret(name: str, value: object) -> bool:
+    """True of a key's value that is a secret by its name or by its looks."""
+    return isinstance(value, str) and (_is_named_so(name, value) or _holds_one(value))
 
 
 def _holds_one(text: str) -> bool:
@@ -95,7 +89,7 @@ def _holds_one(text: str) -> bool:
         inner = json.loads(text) if text.lstrip().startswith("{") else None
     except (ValueError, RecursionError):
         return False
-    return any(secrets_in(inner, path=("",)))
+    return any(is_secret(path[-1], each) for path, each in plain_values(inner) if path)
 
 
 def argument_faults(arguments: Sequence[str]) -> list[str]:
@@ -103,7 +97,7 @@ def argument_faults(arguments: Sequence[str]) -> list[str]:
     return [
         f"{name}: {SECRET_ADVICE}" if name else f"one of the script's arguments: {SECRET_ADVICE}"
         for name, value in _named(arguments)
-        if _is_secret(name, value)
+        if _is_secret_argument(name, value)
     ]
 
 
@@ -121,7 +115,7 @@ def _named(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield (name, value) if equals else ("", argument)
 
 
-def _is_secret(name: str, value: str) -> bool:
+def _is_secret_argument(name: str, value: str) -> bool:
     return _TOKEN.fullmatch(value) is not None or _is_named_so(name, value)
 
 

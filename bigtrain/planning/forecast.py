@@ -148,10 +148,10 @@ def read_bytes(text: str | None, *, label: str) -> int | None:
     where nothing was said."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[(found[2] or "B").upper()]) if found else 0
     if size < _UNITS["MIB"]:
-        raise ConfigError(f"{label} {text}: not a size; write 80GiB, for example")
+        raise ConfigError(f"{label} {text:.60}: not a size; write 80GiB, for example")
     return size
 
 
