@@ -191,6 +191,10 @@ def test_a_model_s_directory_has_to_hold_its_tokenizer_unless_another_is_named(
             "code that comes with it",
         ),
         (
+            '{"model_type": "gpt2", "n_layer": 1000000000}',
+            "config.json: n_layer: 1000000000 layers are too many; give at most 2000",
+        ),
+        (
             '{"model_type": "t5"}',
             "config.json: model_type: 't5' is no causal language model in transformers, and a run "
             "file trains one",

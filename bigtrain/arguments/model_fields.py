@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.arguments.values import did_you_mean
+from bigtrain.errors import ConfigError
+from bigtrain.small_files import read_small_text
 
 _MAPPING = ("models/auto/auto_mappings.py", "models/auto/configuration_auto.py")
 _CAUSAL = ("models/auto/modeling_auto.py",)
@@ -39,8 +41,9 @@ _KIND_WORDS = {
     "list": "a list",
     "dict": "a mapping",
 }
+_LAYERS, _MOST_LAYERS = "num_hidden_layers", 2000
 _POSITIONS = "max_position_embeddings"
-_COUNTS = ("num_hidden_layers", "vocab_size", "intermediate_size")
+_COUNTS = (_LAYERS, "vocab_size", "intermediate_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +79,8 @@ def config_faults(
     if not mistyped:
         whole = _by_first_name({**kind.defaults, **config}, kind)
         yield from _indivisible(config, whole, kind)
+        if why := too_deep(config):
+            yield _said_as(_LAYERS, config, kind), why
         if why := too_long(config, sequence_length):
             yield _said_as(_POSITIONS, config, kind), why
 
@@ -83,8 +88,8 @@ def config_faults(
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the model in a directory; empty where there is none that can be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(read_small_text(folder / "config.json", label=""))
+    except (ConfigError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -106,21 +111,35 @@ def stored_faults(config: Mapping[str, Any], *, runs_code: bool) -> Iterator[str
         yield f"config.json: model_type: {why}"
     elif kind := config_class(model_type):
         yield from (f"config.json: {key}: {why}" for key, why in _mistyped(config, kind))
+        if why := too_deep(config):
+            yield f"config.json: {_said_as(_LAYERS, config, kind)}: {why}"
 
 
 def too_long(config: Mapping[str, Any], sequence_length: int) -> str:
     """What is wrong where sequences are longer than the model has positions; else empty."""
-    text = config.get("text_config")
-    own = text if isinstance(text, Mapping) else config
-    kind = config_class(str(own.get("model_type")))
-    whole = _by_first_name({**kind.defaults, **own}, kind) if kind else own
-    positions = whole.get(_POSITIONS)
+    positions = _of_text(config).get(_POSITIONS)
     if not isinstance(positions, int) or positions >= sequence_length:
         return ""
     return (
         f"the model has {positions} positions ({_POSITIONS}), but data.sequence_length is "
         f"{sequence_length}; make one fit the other"
     )
+
+
+def too_deep(config: Mapping[str, Any]) -> str:
+    """What is wrong where there are more layers than a plan can go through; else empty."""
+    layers = _of_text(config).get(_LAYERS)
+    if not isinstance(layers, int) or layers <= _MOST_LAYERS:
+        return ""
+    return f"{layers} layers are too many; give at most {_MOST_LAYERS}"
+
+
+def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model, whole, with every field by its first name."""
+    text = config.get("text_config")
+    own = text if isinstance(text, Mapping) else config
+    kind = config_class(str(own.get("model_type")))
+    return _by_first_name({**kind.defaults, **own}, kind) if kind else own
 
 
 @lru_cache(maxsize=8)

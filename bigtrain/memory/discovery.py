@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigtrain.arguments.model_fields import read_config
+from bigtrain.arguments.model_fields import read_config, too_deep
 from bigtrain.checkpoint.json_object import counts
 from bigtrain.errors import ConfigError
 from bigtrain.memory.adapters import with_adapters
@@ -27,10 +27,12 @@ from bigtrain.memory.questions import Asker, RefusedModelError
 from bigtrain.memory.shapes import BYTES, ModelShapes, Parameter
 from bigtrain.memory.weight_files import from_weight_files
 from bigtrain.paths import below
+from bigtrain.small_files import read_small_text
 
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.A)
 _BYTE_TOKENS = 257
 """Tokens of `tokenizer: {kind: bytes}`."""
+_MOST_OF_TOKENIZER = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,8 @@ class _Source:
 
     def find(self, question: Mapping[str, Any], config: Mapping[str, Any], *, dtype: str) -> Model:
         """By formula where the family has one, else from the model that `question` builds."""
+        if why := too_deep(config):
+            return Model(shapes=None, why=f"its config: {why}", question=question)
         shapes = from_formula(config, dtype=self.dtype or dtype)
         if shapes is not None:
             return Model(shapes=shapes, question=question)
@@ -241,11 +245,16 @@ def _tokenizer_size(
         return _BYTE_TOKENS
     name = tokenizer.get("name")
     folder = local_folder(str(name), None, working_dir, environment) if name else None
+    if folder is None:
+        return None
     try:
-        content = json.loads((folder / "tokenizer.json").read_text("utf-8")) if folder else {}
+        file = folder / "tokenizer.json"
+        content = json.loads(read_small_text(file, label="", limit=_MOST_OF_TOKENIZER))
         vocabulary, added = content["model"]["vocab"], content.get("added_tokens", ())
-        return len({*vocabulary, *(token["content"] for token in added)})
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        # A Unigram model's pieces are a list, each with its score.
+        own = [*vocabulary] if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
+        return len({*own, *(token["content"] for token in added)})
+    except (ConfigError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -102,10 +104,17 @@ def test_weight_files_give_the_modules_shapes(family: str, tmp_path: Path) -> No
     assert {parameter.dtype for parameter in stored.parameters} == {"float32"}
 
 
-def _find(section: dict[str, Any], folder: Path, *, asks: bool = True, **environment: str) -> Any:
+def _find(
+    section: dict[str, Any],
+    folder: Path,
+    *,
+    tokenizer: Mapping[str, Any] = MappingProxyType({"kind": "bytes"}),
+    asks: bool = True,
+    **environment: str,
+) -> Any:
     return find_model(
         section,
-        tokenizer={"kind": "bytes"},
+        tokenizer=tokenizer,
         working_dir=folder,
         environment={"PATH": "", "XDG_CACHE_HOME": str(folder / "cache"), **environment},
         asks=asks,
@@ -339,6 +348,51 @@ def test_the_byte_tokenizer_sizes_a_vocabulary_that_is_not_said(tmp_path: Path) 
     found = _find({"config": {"model_type": "llama", "hidden_size": 64}}, tmp_path)
 
     assert found.shapes.architecture.vocabulary == 257
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("c", -3.0)], unk_id=0),
+    ],
+    ids=["a mapping", "a list with scores"],
+)
+def test_a_tokenizer_s_size_is_counted_in_its_file(model: Any, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(["<unk>", "<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    shapes = _find(_SCRATCH, tmp_path, tokenizer={"name": str(tmp_path)}).shapes
+
+    assert shapes.architecture.vocabulary == tokenizer.get_vocab_size(with_added_tokens=True)
+    assert shapes.source == "formula for llama"
+
+
+def test_a_tokenizer_whose_size_is_not_known_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
+
+    shapes = _find(_SCRATCH, tmp_path, tokenizer={"name": str(tmp_path)}).shapes
+
+    assert shapes.source == (
+        "formula for llama, with its default vocab_size: the tokenizer's size is not known here"
+    )
+
+
+_SCRATCH = {"config": {"model_type": "llama", "hidden_size": 64}}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_layers_without_end_are_not_counted_one_by_one(family: str, tmp_path: Path) -> None:
+    """As of a model in the hub's cache, whose config is not judged before."""
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 10**9}
+    config = {"model_type": family, "num_hidden_layers": 10**9, "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = _find({"name": str(tmp_path)}, tmp_path)
+
+    assert found.shapes is None
+    assert found.why == "its config: 1000000000 layers are too many; give at most 2000"
 
 
 def test_layers_are_the_units_and_the_rest_is_the_root() -> None:
