@@ -22,6 +22,7 @@ from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.printable import printable
+from bigtrain.secrecy import masked
 
 if TYPE_CHECKING:
     from bigtrain.layers import Override
@@ -125,11 +126,15 @@ def error_text(error: BigtrainError) -> str:
     What has no list of faults may have lines of its own.
     """
     if not isinstance(error, ConfigError):
-        return "\n".join(map(printable, f"error: {error}".split("\n")))
-    faults = [printable(fault) for fault in error.faults]
+        return "\n".join(map(_shown, f"error: {error}".split("\n")))
+    faults = list(map(_shown, error.faults))
     if len(faults) == 1:
         return f"error: {faults[0]}"
     return "\n".join((f"error: {len(faults)} faults", *(f"  {fault}" for fault in faults)))
+
+
+def _shown(line: str) -> str:
+    return masked(printable(line))
 
 
 def _print_version(asked: bool) -> None:

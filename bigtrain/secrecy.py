@@ -86,10 +86,19 @@ def _holds_one(text: str) -> bool:
     if any(_is_named_so(name.strip(), value.strip()) for name, equals, value in pairs if equals):
         return True
     try:
-        inner = json.loads(text) if text.lstrip().startswith("{") else None
+        inner = json.loads(text) if text.lstrip().startswith("{") else {}
+        return any(is_secret(path[-1], each) for path, each in plain_values(inner) if path)
     except (ValueError, RecursionError):
         return False
-    return any(is_secret(path[-1], each) for path, each in plain_values(inner) if path)
+
+
+def masked(text: str) -> str:
+    """A message without the rest of a service's token, wherever it was repeated."""
+    return _SERVICES_TOKEN.sub(_cut, text)
+
+
+def _cut(found: re.Match[str]) -> str:
+    return f"{found[0][:3]}…" if _RANDOM_RUN.search(found[0]) else found[0]
 
 
 def argument_faults(arguments: Sequence[str]) -> list[str]:

@@ -103,6 +103,10 @@ def test_one_fault_is_one_line_and_no_traceback(folder: Path, command: str) -> N
     [
         (ConfigError("a\nb\x1b[31m\r\u202e"), "error: a\\nb\\x1b[31m\\r\\u202e"),
         (ConfigError(["a\x07", "ü…\n"]), "error: 2 faults\n  a\\x07\n  ü…\\n"),
+        (
+            ConfigError(f"--set hf_{'aB3' * 11}: hf_llama_finetune_v2 is no value"),
+            "error: --set hf_…: hf_llama_finetune_v2 is no value",
+        ),
         (LaunchError("first\x1b]0;\nsecond"), "error: first\\x1b]0;\nsecond"),
     ],
 )
