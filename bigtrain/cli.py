@@ -21,6 +21,8 @@ from bigtrain import run_commands
 from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.printable import printable
+from bigtrain.secrecy import masked
 
 if TYPE_CHECKING:
     from bigtrain.layers import Override
@@ -119,11 +121,20 @@ def _script_arguments_hint(words: list[str]) -> str | None:
 
 
 def error_text(error: BigtrainError) -> str:
-    """`error: what`, or a list where there are several faults."""
-    faults = error.faults if isinstance(error, ConfigError) else (str(error),)
+    """`error: what`, or a list where there are several faults, each on one line.
+
+    What has no list of faults may have lines of its own.
+    """
+    if not isinstance(error, ConfigError):
+        return "\n".join(map(_shown, f"error: {error}".split("\n")))
+    faults = list(map(_shown, error.faults))
     if len(faults) == 1:
         return f"error: {faults[0]}"
     return "\n".join((f"error: {len(faults)} faults", *(f"  {fault}" for fault in faults)))
+
+
+def _shown(line: str) -> str:
+    return masked(printable(line))
 
 
 def _print_version(asked: bool) -> None:

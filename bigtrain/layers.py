@@ -88,6 +88,13 @@ class Layers:
         place = f"{self.origin(path)}: {key}" if key else self._label
         self._faults.append(f"{place}: {what}")
 
+    def take_out(self, path: KeyPath) -> None:
+        """Forget what is said at `path`."""
+        *around, key = path
+        branch = self.value(tuple(around))
+        if isinstance(branch, dict):
+            branch.pop(key, None)
+
     def faults(self, told: Iterable[str]) -> None:
         """Note faults that say themselves where they are."""
         self._faults.extend(told)
@@ -189,6 +196,16 @@ def _leaves(path: KeyPath, value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             yield from _leaves((*path, key), inner)
+
+
+def plain_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value in a tree of mappings and lists, with where it stands."""
+    if isinstance(value, (Mapping, list)):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from plain_values(inner, (*path, str(key)))
+    else:
+        yield path, value
 
 
 def in_order(faults: Iterable[str]) -> list[str]:

@@ -54,6 +54,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "at_peak": memory.parts(),
         "activations": memory.activations,
         "logits": memory.logits,
+        "unknown_optimizer": forecast.optimizer or None,
         "peak": memory.peak,
         "peak_moment": memory.peak_moment.name,
         "moments": [asdict(moment) for moment in memory.moments],

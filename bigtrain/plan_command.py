@@ -63,11 +63,17 @@ def show(question: Question, *, as_json: bool) -> str:
     _refuse_trace_of_script(question)
     plan = make_plan(question.request(), question.surroundings())
     found = _forecast(plan, question) if plan.kind == "run_file" else None
-    if not as_json:
-        missing = missing_of(question.request(), question.surroundings())
-        refused = list(nvme.refusals(plan))
-        return report(plan, found, missing=missing, refused=refused, shows_all=question.shows_all)
-    return json.dumps(plan_as_json(plan, found), indent=2)
+    missing = missing_of(question.request(), question.surroundings())
+    refused = [*nvme.refusals(plan), *_refused_model(found)]
+    if as_json:
+        beside = {"missing": missing, "refused": refused}
+        return json.dumps(plan_as_json(plan, found) | beside, indent=2)
+    return report(plan, found, missing=missing, refused=refused, shows_all=question.shows_all)
+
+
+def _refused_model(found: Forecast | None) -> list[str]:
+    """Why no launch could make the model."""
+    return [found.model.why] if found is not None and found.model.is_refused else []
 
 
 def forecast_there(

@@ -13,7 +13,7 @@ from bigtrain.plan import RunPlan, read_plan
 from bigtrain.plan_report import leaves, origin, short
 
 _NOTHING = "–"
-_SHOWN_BESIDE = frozenset({"forecast", "commands"})
+_SHOWN_BESIDE = frozenset({"forecast", "commands", "script", "missing", "refused"})
 """What `--json` shows beside the plan itself."""
 # About this attempt and this machine, not about what is trained.
 _NOT_COMPARED = frozenset(

@@ -12,6 +12,7 @@ from bigtrain import memory_report
 from bigtrain.arguments.schema import defaults, load_schema
 from bigtrain.plan import RunPlan
 from bigtrain.planning.forecast import Forecast
+from bigtrain.printable import printable
 from bigtrain.translate.accelerate_environment import SAID_BY_SCRIPT
 from bigtrain.translate.config import DeepSpeedSettings
 
@@ -200,6 +201,7 @@ def short(value: Any) -> str:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """Rows in columns, the last of them ragged."""
+    rows = [tuple(map(printable, row)) for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     padded = ([cell.ljust(w) for cell, w in zip(row, widths, strict=True)] for row in rows)
     return "\n".join(f"  {'  '.join(cells)}".rstrip() for cells in padded)

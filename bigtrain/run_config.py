@@ -17,11 +17,11 @@ from pydantic_core import ErrorDetails
 from bigtrain import run_inputs
 from bigtrain.arguments.model_fields import config_faults
 from bigtrain.arguments.schema import Field, load_schema
-from bigtrain.arguments.values import did_you_mean, read_value
+from bigtrain.arguments.values import TOO_LARGE, TOO_LARGE_ADVICE, did_you_mean, read_value
 from bigtrain.errors import ConfigError
-from bigtrain.layers import Layers, Override, lay
+from bigtrain.layers import Layers, Override, lay, plain_values
 from bigtrain.run_file import read_run_file
-from bigtrain.secrecy import SECRET_ADVICE, holds_secret
+from bigtrain.secrecy import SECRET_ADVICE, holds_secret, is_secret
 from bigtrain.sections import (
     ClusterSection,
     DataSection,
@@ -55,6 +55,8 @@ _TOLD_OF_SCRIPTS = frozenset(
         "max_grad_norm",
     }
 )
+_LOOKED_AT_ELSEWHERE = (("training", "hub_token"), ("cluster", "slurm"))
+"""What else than a plain value may stand there: it is judged by its own rules."""
 _KNOWN = (*_TOP_LEVEL, *_SECTIONS, "training")
 _S = TypeVar("_S", bound=Section)
 
@@ -137,6 +139,7 @@ def read_run_config(
     """
     label = label or str(path)
     layers = lay(read_run_file(path, label=label), overrides, label=label, foreign=foreign)
+    _refuse_untold(layers)
     _refuse_unknown(layers)
     top = _top_level(layers)
     training = _training(layers, top)
@@ -181,6 +184,7 @@ def load_script_config(
     Of `training`, a script takes only what chooses and fills the engine; the rest it sets itself.
     """
     layers = lay(None, overrides, label="the command line", foreign=foreign)
+    _refuse_untold(layers)
     for key in layers.values:
         if key not in ("engine", "cluster", "name", "output_dir", "training"):
             layers.fault((key,), "a script sets this itself: give it to the script, after --")
@@ -202,6 +206,16 @@ def load_script_config(
         training=training,
         origins=layers.origins,
     )
+
+
+def _refuse_untold(layers: Layers) -> None:
+    """Refuse what no message may repeat, secrets and endless numbers, and take it out."""
+    for path, value in list(plain_values(layers.values)):
+        is_number = isinstance(value, int) and abs(value) >= TOO_LARGE
+        if path[:2] in _LOOKED_AT_ELSEWHERE or not (is_number or is_secret(path[-1], value)):
+            continue
+        layers.fault(path, TOO_LARGE_ADVICE if is_number else SECRET_ADVICE)
+        layers.take_out(path[: 3 if path[:2] == ("cluster", "env") else 2])
 
 
 def _refuse_unknown(layers: Layers) -> None:
@@ -236,6 +250,9 @@ def _top_level(layers: Layers) -> dict[str, Any]:
                 found[key] = read_name(value)
             except ValueError as error:
                 layers.fault((key,), str(error))
+            if key == "name" and (set(value) & {"/", "\\"} or value in ("", ".", "..")):
+                what = "is no run's name, which a directory below runs/ has too; use a word"
+                layers.fault((key,), f"{value!r:.80} {what}")
     return found
 
 

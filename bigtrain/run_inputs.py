@@ -5,6 +5,7 @@ Only looks that cost nothing: a directory's entries, the first lines of a file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from bigtrain.paths import below
 from bigtrain.sections import DataSection, ModelSection, TokenizerSection
 
 _PATH_STARTS = ("/", "./", "../", "~")
+# As huggingface_hub's `validate_repo_id` has it.
+_REPOSITORY = re.compile(r"(?!.*(?:--|\.\.))(?:\b[\w.-]{1,96}\b/)?\b[\w.-]{1,96}\b(?<!\.git)", re.A)
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_ELSEWHERE = "adapter_config.json"
+"""Beside it the weights may be those of the base model that it names."""
 
 
 def faults(
@@ -46,14 +52,20 @@ def directory_faults(
 ) -> Iterator[tuple[str, str]]:
     """A name that can only be a path, or that is one here, has to hold what is loaded from it."""
     path = below(root, name, label=key)
-    if not path.is_dir():
+    if path.is_file():
+        yield key, f"{name} is a file; give the directory that holds it"
+    elif not path.is_dir():
         if name.startswith(_PATH_STARTS):
             yield key, f"{name} is not a directory{_nearest(path)}"
-        return
-    lacking = [file for file in needed if not (path / file).is_file()]
-    if lacking:
-        names = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
-        yield key, f"{name} has no {' and no '.join(lacking)}; it holds {names}"
+        elif not _REPOSITORY.fullmatch(name):
+            what = "is neither a directory here nor a repository of the hub, as in owner/name"
+            yield key, f"{name} {what}{_nearest(path)}"
+    elif lacking := [file for file in needed if not (path / file).is_file()]:
+        yield key, f"{name} has no {' and no '.join(lacking)}; it holds {_entries(path)}"
+
+
+def _entries(folder: Path) -> str:
+    return ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
 
 
 def _config_faults(
@@ -63,10 +75,18 @@ def _config_faults(
     if not (folder / "config.json").is_file():
         return
     config = read_config(folder)
+    if "transformers_weights" not in config and not _has_weights(folder):
+        wanted = f"no weights ({' or '.join(_WEIGHTS)}, whole or by an index)"
+        yield "model.name", f"{model.name} has {wanted}; it holds {_entries(folder)}"
     found = list(stored_faults(config, runs_code=model.trust_remote_code))
     yield from (("model.name", f"{model.name}: {why}") for why in found)
     if data is not None and not found and (why := too_long(config, data.sequence_length)):
         yield "data.sequence_length", why
+
+
+def _has_weights(folder: Path) -> bool:
+    names = (*_WEIGHTS, *(f"{name}.index.json" for name in _WEIGHTS), _ELSEWHERE)
+    return any((folder / name).is_file() for name in names)
 
 
 def _nearest(path: Path) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.cli import error_text
+from bigtrain.errors import BigtrainError, ConfigError, LaunchError
 from bigtrain.plan import RunPlan, read_plan
 
 RUN = """\
@@ -96,6 +98,22 @@ def test_one_fault_is_one_line_and_no_traceback(folder: Path, command: str) -> N
     assert done.stderr == "error: quik.yaml: there is no such file; did you mean quick.yaml?\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ConfigError("a\nb\x1b[31m\r\u202e"), "error: a\\nb\\x1b[31m\\r\\u202e"),
+        (ConfigError(["a\x07", "ü…\n"]), "error: 2 faults\n  a\\x07\n  ü…\\n"),
+        (
+            ConfigError(f"--set hf_{'aB3' * 11}: hf_llama_finetune_v2 is no value"),
+            "error: --set hf_…: hf_llama_finetune_v2 is no value",
+        ),
+        (LaunchError("first\x1b]0;\nsecond"), "error: first\\x1b]0;\nsecond"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown(error: BigtrainError, text: str) -> None:
+    assert error_text(error) == text
+
+
 def test_several_faults_are_a_list_with_their_origins(folder: Path) -> None:
     done = _run(
         folder, "launch", "quick.yaml", "--engine", "fsdpp", "--set", "training.max_stps=3",
@@ -149,6 +167,7 @@ def test_a_plan_in_json_is_the_plan(folder: Path) -> None:
 
     shown = json.loads(done.stdout)
     forecast = shown.pop("forecast")
+    assert (shown.pop("missing"), shown.pop("refused")) == ([], [])
     plan = RunPlan.from_json(json.dumps(shown))
     assert plan.topology.world_size == 32
     assert plan.origins["engine.name"].startswith("auto: ")

@@ -262,6 +262,24 @@ def test_a_script_takes_engine_and_cluster_alone() -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["../../evil", "a/b", "..", ".", "a\\\\b", ""])
+def test_a_run_s_name_is_no_path(name: str, load: Load) -> None:
+    (fault,) = _faults(load, GOOD, f'name="{name}"')
+
+    assert fault.startswith("--set: name: ")
+    assert fault.endswith("is no run's name, which a directory below runs/ has too; use a word")
+
+
+def test_numbers_without_end_are_refused_and_not_repeated(load: Load) -> None:
+    endless = "1" + 400 * "0"
+    keys = ("global_batch_size", "data.sequence_length", "training.seed", "cluster.env.N")
+
+    faults = _faults(load, GOOD, *(f"{key}={endless}" for key in keys))
+
+    what = "too large a number: none may have 64 bits or more"
+    assert sorted(faults) == sorted(f"--set: {key}: {what}" for key in keys)
+
+
 def test_variables_are_text_in_the_end(load: Load) -> None:
     config = load(GOOD, "cluster.env={A: 4, B: true, C: x}")
 

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from bigtrain.errors import ConfigError
 from bigtrain.planning import Request, Surroundings, make_plan
+from bigtrain.run_inputs import directory_faults
 
 _RUN = """\
 model:
@@ -97,6 +100,15 @@ def test_what_a_look_can_not_tell_is_left_to_whoever_reads_it(tmp_path: Path) ->
     [
         ("{name: ./modle}", "./modle is not a directory; did you mean 'model'?"),
         ("{name: model}", "model has no config.json; it holds weights"),
+        ("{name: model/weights}", "model/weights is a file; give the directory that holds it"),
+        (
+            "{name: modl/b/c}",
+            "modl/b/c is neither a directory here nor a repository of the hub, as in owner/name",
+        ),
+        (
+            "{name: 'http://a/b'}",
+            "http://a/b is neither a directory here nor a repository of the hub, as in owner/name",
+        ),
     ],
 )
 def test_a_model_s_directory_has_to_hold_one(tmp_path: Path, said: str, message: str) -> None:
@@ -113,10 +125,44 @@ def test_a_model_s_directory_has_to_hold_one(tmp_path: Path, said: str, message:
     assert str(raised.value) == f"run.yaml:1: model.name: {message}"
 
 
+def test_a_model_s_directory_has_to_hold_weights(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "run.yaml").write_text(
+        "model: model\ntokenizer: {kind: bytes}\ndata: builtin:python-docs\n"
+    )
+    surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
+
+    with pytest.raises(ConfigError) as raised:
+        make_plan(Request(target="run.yaml"), surroundings)
+
+    assert str(raised.value) == (
+        "run.yaml:1: model.name: model has no weights (model.safetensors or pytorch_model.bin, "
+        "whole or by an index); it holds config.json"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "a/b", "a.b-c_d/e", "a--b", "a/b.git", "a/b/c", "ä/b", "a b", "a..b", "-a"]
+)
+def test_a_repository_s_name_is_what_the_hub_takes_for_one(name: str, tmp_path: Path) -> None:
+    def is_taken_by_the_hub() -> bool:
+        try:
+            validate_repo_id(name)
+        except HFValidationError:
+            return False
+        return True
+
+    found = list(directory_faults("model.name", name, (), tmp_path))
+
+    assert (not found) == is_taken_by_the_hub()
+
+
 def test_a_model_s_directory_has_to_hold_its_tokenizer_unless_another_is_named(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").touch()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     surroundings = Surroundings(environment={}, working_dir=tmp_path, is_rehearsal=True)
     text = "model: ./model\ndata: builtin:python-docs\n"
@@ -145,6 +191,15 @@ def test_a_model_s_directory_has_to_hold_its_tokenizer_unless_another_is_named(
             "code that comes with it",
         ),
         (
+            '{"model_type": "gpt2", "n_layer": 1000000000}',
+            "config.json: n_layer: 1000000000 layers are too many; give at most 2000",
+        ),
+        (
+            '{"model_type": "t5"}',
+            "config.json: model_type: 't5' is no causal language model in transformers, and a run "
+            "file trains one",
+        ),
+        (
             '{"model_type": "llama", "hidden_size": "wide", "of_its_own": 1}',
             "config.json: hidden_size: 'wide' is not a whole number",
         ),
@@ -154,6 +209,7 @@ def test_a_config_that_could_not_be_loaded_is_told(
     tmp_path: Path, config: str, message: str
 ) -> None:
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "pytorch_model.bin").touch()
     (tmp_path / "model" / "config.json").write_text(config)
     (tmp_path / "run.yaml").write_text(
         "model: ./model\ntokenizer: {kind: bytes}\ndata: builtin:python-docs\nengine: single\n"
@@ -169,6 +225,7 @@ def test_a_config_that_could_not_be_loaded_is_told(
 def test_a_config_with_a_class_of_its_own_is_taken_where_its_code_may_run(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     config = '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration.Mine"}}'
+    (tmp_path / "model" / "pytorch_model.bin").touch()
     (tmp_path / "model" / "config.json").write_text(config)
     (tmp_path / "run.yaml").write_text(
         "model: {name: ./model, trust_remote_code: true}\n"

@@ -16,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.arguments.values import did_you_mean
+from bigtrain.errors import ConfigError
+from bigtrain.small_files import read_small_text
 
 _MAPPING = ("models/auto/auto_mappings.py", "models/auto/configuration_auto.py")
+_CAUSAL = ("models/auto/modeling_auto.py",)
 _BASES = ("PreTrainedConfig", "PretrainedConfig")
 # What a config takes besides its own fields: older spellings that transformers still converts.
 ALSO_TAKEN = frozenset({"rope_theta", "rope_scaling", "partial_rotary_factor"})
@@ -38,8 +41,9 @@ _KIND_WORDS = {
     "list": "a list",
     "dict": "a mapping",
 }
+_LAYERS, _MOST_LAYERS = "num_hidden_layers", 2000
 _POSITIONS = "max_position_embeddings"
-_COUNTS = ("num_hidden_layers", "vocab_size", "intermediate_size")
+_COUNTS = (_LAYERS, "vocab_size", "intermediate_size")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,9 @@ def config_faults(
     if known and model_type not in known:
         yield "model_type", f"{model_type!r} is unknown{did_you_mean(model_type, known)}"
         return
+    if why := _no_causal_model(model_type):
+        yield "model_type", why
+        return
     kind = config_class(model_type)
     if kind is None:
         return
@@ -72,6 +79,8 @@ def config_faults(
     if not mistyped:
         whole = _by_first_name({**kind.defaults, **config}, kind)
         yield from _indivisible(config, whole, kind)
+        if why := too_deep(config):
+            yield _said_as(_LAYERS, config, kind), why
         if why := too_long(config, sequence_length):
             yield _said_as(_POSITIONS, config, kind), why
 
@@ -79,8 +88,8 @@ def config_faults(
 def read_config(folder: Path) -> dict[str, Any]:
     """The config of the model in a directory; empty where there is none that can be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = json.loads(read_small_text(folder / "config.json", label=""))
+    except (ConfigError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -98,23 +107,39 @@ def stored_faults(config: Mapping[str, Any], *, runs_code: bool) -> Iterator[str
         code = "; model.trust_remote_code: true runs the code that comes with it"
         hint = code if "auto_map" in config else did_you_mean(model_type, known)
         yield f"config.json: model_type: {model_type!r:.80} is unknown{hint}"
+    elif why := _no_causal_model(model_type):
+        yield f"config.json: model_type: {why}"
     elif kind := config_class(model_type):
         yield from (f"config.json: {key}: {why}" for key, why in _mistyped(config, kind))
+        if why := too_deep(config):
+            yield f"config.json: {_said_as(_LAYERS, config, kind)}: {why}"
 
 
 def too_long(config: Mapping[str, Any], sequence_length: int) -> str:
     """What is wrong where sequences are longer than the model has positions; else empty."""
-    text = config.get("text_config")
-    own = text if isinstance(text, Mapping) else config
-    kind = config_class(str(own.get("model_type")))
-    whole = _by_first_name({**kind.defaults, **own}, kind) if kind else own
-    positions = whole.get(_POSITIONS)
+    positions = _of_text(config).get(_POSITIONS)
     if not isinstance(positions, int) or positions >= sequence_length:
         return ""
     return (
         f"the model has {positions} positions ({_POSITIONS}), but data.sequence_length is "
         f"{sequence_length}; make one fit the other"
     )
+
+
+def too_deep(config: Mapping[str, Any]) -> str:
+    """What is wrong where there are more layers than a plan can go through; else empty."""
+    layers = _of_text(config).get(_LAYERS)
+    if not isinstance(layers, int) or layers <= _MOST_LAYERS:
+        return ""
+    return f"{layers} layers are too many; give at most {_MOST_LAYERS}"
+
+
+def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The config of the language model, whole, with every field by its first name."""
+    text = config.get("text_config")
+    own = text if isinstance(text, Mapping) else config
+    kind = config_class(str(own.get("model_type")))
+    return _by_first_name({**kind.defaults, **own}, kind) if kind else own
 
 
 @lru_cache(maxsize=8)
@@ -218,11 +243,25 @@ def _special_modules() -> Mapping[str, str]:
     return _mapping("SPECIAL_MODEL_TYPE_TO_MODULE_NAME")
 
 
-def _mapping(name: str) -> dict[str, str]:
+@lru_cache(maxsize=1)
+def _causal_models() -> Mapping[str, str]:
+    """Every `model_type` that AutoModelForCausalLM knows, with the name of its model's class."""
+    return _mapping("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", _CAUSAL)
+
+
+def _no_causal_model(model_type: str) -> str:
+    """What is wrong with a type that no run file can train; else empty."""
+    known = _causal_models()
+    if not known or model_type in known:
+        return ""
+    return f"{model_type!r} is no causal language model in transformers, and a run file trains one"
+
+
+def _mapping(name: str, files: tuple[str, ...] = _MAPPING) -> dict[str, str]:
     """A table that transformers builds of pairs, and adds to with `update`."""
     folder = _installed()
     found: dict[str, str] = {}
-    for file in _MAPPING if folder else ():
+    for file in files if folder else ():
         for node in _parsed(folder / file).body:  # type: ignore[operator]
             is_made = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name
             is_added = isinstance(node, ast.Expr) and ast.unparse(node).startswith(f"{name}.update")

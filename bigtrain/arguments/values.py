@@ -17,6 +17,8 @@ _LEAST = {
     "per_device_eval_batch_size": 1,
     "per_device_train_batch_size": 1,
 }
+TOO_LARGE = 2**63
+TOO_LARGE_ADVICE = "too large a number: none may have 64 bits or more"
 _KIND_NAMES = {
     "int": "a whole number",
     "float": "a number",
@@ -66,6 +68,8 @@ def _read_bool(field: Field, value: bool) -> Any:
 def _read_number(field: Field, value: int | float) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise _mismatch(field, value)
+    if abs(value) >= TOO_LARGE and (isinstance(value, int) or "float" not in field.kinds):
+        raise ValueError(TOO_LARGE_ADVICE)
     least = _LEAST.get(field.name)
     if least is not None and value < least:
         raise ValueError(f"{value} is too small; it must be at least {least}")

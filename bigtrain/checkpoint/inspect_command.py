@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bigtrain.printable import printable
+
 if TYPE_CHECKING:
     from bigtrain.checkpoint.inspect import Inspection
 
@@ -48,17 +50,9 @@ def inspect(
         other=diff,
         all_tensors=tensors,
         as_json=as_json,
-        say=lambda line: typer.echo(_printable(line)),
+        say=lambda line: typer.echo(printable(line)),
     )
     raise typer.Exit(code)
-
-
-def _printable(line: str) -> str:
-    """A file can name a tensor whatever it likes, also what a terminal would obey."""
-    if line.isprintable():
-        return line
-    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
-    return "".join(shown)
 
 
 def run(

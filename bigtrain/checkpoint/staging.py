@@ -135,6 +135,12 @@ def time_of_commit(output_dir: Path) -> str:
     return now.isoformat(timespec="microseconds")
 
 
+def kept_at_most(limit: int | None, *, protected: int) -> int | None:
+    """How many checkpoints stay under a `save_total_limit`, of which `protected` may not go; None:
+    all. As in transformers: with a limit of one the newest stays beside the best."""
+    return None if limit is None or limit <= 0 else max(limit, protected)
+
+
 def rotate(
     output_dir: Path,
     *,

@@ -34,11 +34,12 @@ def with_adapters(shapes: ModelShapes, lora: Mapping[str, Any] | None) -> ModelS
 
 def _adapted(parameter: Parameter, *, rank: int, targets: tuple[str, ...]) -> Iterator[Parameter]:
     module, _, kind = parameter.name.rpartition(".")
-    is_target = module.rpartition(".")[2] in targets
+    # peft's rule for a list (`tuners_utils.check_target_module_exists`).
+    is_target = module in targets or module.endswith(tuple(f".{name}" for name in targets))
     owner = f"{PREFIX}{module}"
     base = f"{owner}.base_layer.{kind}" if is_target else f"{PREFIX}{parameter.name}"
     yield replace(parameter, name=base, trained=False)
     if is_target and kind == "weight" and len(parameter.shape) == 2:
-        rows, columns = parameter.shape
+        rows, columns = parameter.shape[::-1] if parameter.is_transposed else parameter.shape
         for name, shape in (("lora_A", (rank, columns)), ("lora_B", (rows, rank))):
             yield Parameter(name=f"{owner}.{name}.default.weight", shape=shape, dtype="fp32")

@@ -20,9 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import moe
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
 
 from bigtrain.engine.casting import cast_weights
 from bigtrain.memory.live_bytes import LiveBytes
+from bigtrain.memory.questions import REFUSED
 from bigtrain.model_section import add_adapters, gist
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,19 +40,22 @@ def main() -> None:
     try:
         answer = answers[question["kind"]](question)
     except Exception as error:  # whatever a model's own code raises
-        sys.exit(f"{type(error).__name__}: {gist(error)}")
+        sys.stderr.write(f"{type(error).__name__}: {gist(error)}\n")
+        sys.exit(1 if isinstance(error, (ImportError, MemoryError)) else REFUSED)
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
 def _shapes(question: Mapping[str, Any]) -> dict[str, Any]:
     with torch.device("meta"):
         model = _make_model(question)
+    transposed = {id(module.weight) for module in model.modules() if isinstance(module, Conv1D)}
     parameters = [
         {
             "name": name,
             "shape": list(parameter.shape),
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "trained": parameter.requires_grad,
+            "transposed": id(parameter) in transposed,
         }
         for name, parameter in model.named_parameters()
     ]

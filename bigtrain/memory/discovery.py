@@ -1,42 +1,51 @@
 """The shapes of a run's model, from the cheapest place that knows them.
 
-In this order: the headers of its weight files; a formula, where the family has one; else the model
-itself on the meta device, in a process whose answer is kept. A model of the hub is looked for in
-the local cache; one that is not there yet can't be measured before it is downloaded.
+In this order: a formula, where the family has one; the model itself on the meta device, in a
+process whose answer is kept; the headers of its weight files. A file may hold more than the model
+has, or less: it is asked last, and else only has to agree in the shapes of what both have. A model
+of the hub is looked for in the local cache; one that is not there yet can't be measured before it
+is downloaded.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bigtrain.arguments.model_fields import read_config
+from bigtrain.arguments.model_fields import read_config, too_deep
 from bigtrain.checkpoint.json_object import counts
 from bigtrain.errors import ConfigError
 from bigtrain.memory.adapters import with_adapters
 from bigtrain.memory.families import architecture, from_formula
 from bigtrain.memory.known_models import KNOWN_MODELS
-from bigtrain.memory.questions import Asker
+from bigtrain.memory.questions import Asker, RefusedModelError
 from bigtrain.memory.shapes import BYTES, ModelShapes, Parameter
 from bigtrain.memory.weight_files import from_weight_files
 from bigtrain.paths import below
+from bigtrain.small_files import read_small_text
 
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{([^}]*)\})", re.A)
 _BYTE_TOKENS = 257
 """Tokens of `tokenizer: {kind: bytes}`."""
+_MOST_OF_TOKENIZER = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """What was found of a run's model. `shapes` is None where nothing is known, and `why` says why.
 
-    `question` is what a process needs to build it: its config, or its name and revision.
+    `question` is what a process needs to build it: its config, or its directory.
     """
 
     shapes: ModelShapes | None
     why: str = ""
+    is_refused: bool = False
+    """Whether transformers can't make it, so that no launch could."""
     question: Mapping[str, Any]
 
 
@@ -50,36 +59,25 @@ def find_model(
 ) -> Model:
     """The model of a plan's `model` section. `asks`: by a process of its own where need be."""
     asker = Asker(cache=cache_folder(environment) / "shapes", environment=environment)
-    if section.get("config"):
-        config = _sized(dict(section["config"]), tokenizer, working_dir, environment)
-        scratch = _word(section.get("dtype")) or "fp32"
-        question: dict[str, Any] = {"config": config, "dtype": scratch}
-        shapes = from_formula(config, dtype=scratch)
+    source = _Source(dtype=_word(section.get("dtype")), asker=asker if asks else None)
+    name = section.get("name")
+    folder = (
+        local_folder(str(name), section.get("revision"), working_dir, environment) if name else None
+    )
+    if not name:
+        found = _from_scratch(section, tokenizer, working_dir, environment, source)
+    elif folder is not None:
+        found = _stored(folder, source, runs_code=bool(section.get("trust_remote_code")))
+    elif name in KNOWN_MODELS:
+        found = source.of_config(KNOWN_MODELS[name], dtype="bf16")
     else:
-        name, dtype = str(section["name"]), _word(section.get("dtype"))
-        folder = local_folder(name, section.get("revision"), working_dir, environment)
-        if folder is not None:
-            config = read_config(folder)
-            question = {"name": str(folder), "dtype": dtype}
-            shapes = _stored(folder, config, dtype)
-        elif name in KNOWN_MODELS:
-            config = dict(KNOWN_MODELS[name])
-            question = {"config": config, "dtype": dtype or "bf16"}
-            shapes = from_formula(config, dtype=dtype or "bf16")
-        else:
-            why = f"{name} is not on this machine yet; download it, or give a local path"
-            return Model(shapes=None, why=why, question={})
-    if shapes is None and not asks:
-        return Model(shapes=None, why="its family has no formula", question=question)
-    if shapes is None:
-        try:
-            shapes = _asked(asker, question, config)
-        except ConfigError as error:
-            return Model(shapes=None, why=str(error), question=question)
-    for key in ("attn_implementation", "lora"):
-        if section.get(key):
-            question[key] = section[key]
-    return Model(shapes=with_adapters(shapes, section.get("lora")), question=question)
+        why = f"{name} is not on this machine yet; download it, or give a local path"
+        return Model(shapes=None, why=why, question={})
+    if found.shapes is None:
+        return found
+    also = {key: section[key] for key in ("attn_implementation", "lora") if section.get(key)}
+    shapes = with_adapters(found.shapes, section.get("lora"))
+    return replace(found, shapes=shapes, question={**found.question, **also})
 
 
 def cache_folder(environment: Mapping[str, str]) -> Path:
@@ -95,8 +93,7 @@ def local_folder(
     path = below(working_dir, name, label="model.name")
     if path.is_dir():
         return path
-    home = Path(environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(environment.get("HF_HUB_CACHE") or home / "hub")
+    hub = _hub_cache(working_dir, environment)
     repository = hub / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")
     try:
@@ -107,20 +104,113 @@ def local_folder(
     return snapshot if commit and snapshot.is_dir() else None
 
 
-def _stored(folder: Path, config: Mapping[str, Any], dtype: str | None) -> ModelShapes | None:
-    """From the headers; in the modules' own order where the formula knows the same tensors."""
+def _hub_cache(working_dir: Path, environment: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps repositories (its `constants.py`)."""
+
+    def at(text: str) -> str:
+        home = environment.get("HOME") or str(Path.home())
+        own = f"{home}{text[1:]}" if text == "~" or text.startswith("~/") else text
+        return _VARIABLE.sub(lambda found: environment.get(found[1] or found[2], found[0]), own)
+
+    cache = environment.get("XDG_CACHE_HOME", at("~/.cache"))
+    home = at(environment.get("HF_HOME", str(Path(cache, "huggingface"))))
+    hub = environment.get("HUGGINGFACE_HUB_CACHE", str(Path(home, "hub")))
+    return working_dir / at(environment.get("HF_HUB_CACHE", hub))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What knows a model's shapes by its config."""
+
+    dtype: str | None
+    """What the section says that weights are loaded as."""
+    asker: Asker | None
+    """None: what only a process of its own can tell is not asked."""
+
+    def of_config(self, config: Mapping[str, Any], *, dtype: str) -> Model:
+        """The model that `config` describes; `dtype` where the section says none."""
+        question = {"config": dict(config), "dtype": self.dtype or dtype}
+        return self.find(question, config, dtype=dtype)
+
+    def find(self, question: Mapping[str, Any], config: Mapping[str, Any], *, dtype: str) -> Model:
+        """By formula where the family has one, else from the model that `question` builds."""
+        if why := too_deep(config):
+            return Model(shapes=None, why=f"its config: {why}", question=question)
+        shapes = from_formula(config, dtype=self.dtype or dtype)
+        if shapes is not None:
+            return Model(shapes=shapes, question=question)
+        if self.asker is None:
+            return Model(shapes=None, why="its family has no formula", question=question)
+        try:
+            return Model(shapes=_asked(self.asker, question, config), question=question)
+        except ConfigError as error:
+            is_refused = isinstance(error, RefusedModelError)
+            return Model(shapes=None, why=str(error), is_refused=is_refused, question=question)
+
+
+def _from_scratch(
+    section: Mapping[str, Any],
+    tokenizer: Mapping[str, Any],
+    working_dir: Path,
+    environment: Mapping[str, str],
+    source: _Source,
+) -> Model:
+    """As the worker does: a vocabulary that is not said is as large as the tokenizer's."""
+    config = dict(section["config"])
+    if "vocab_size" not in config:
+        size = _tokenizer_size(tokenizer, working_dir, environment)
+        if size is None:
+            return _of_default_vocabulary(source.of_config(config, dtype="fp32"))
+        config["vocab_size"] = size
+    return source.of_config(config, dtype="fp32")
+
+
+def _of_default_vocabulary(found: Model) -> Model:
+    if found.shapes is None:
+        return found
+    note = "with its default vocab_size: the tokenizer's size is not known here"
+    return replace(found, shapes=replace(found.shapes, source=f"{found.shapes.source}, {note}"))
+
+
+def _stored(folder: Path, source: _Source, *, runs_code: bool) -> Model:
+    """The model in a directory, as its config.json describes it and as the worker loads it."""
+    config = read_config(folder)
+    said = _word(config.get("dtype") or config.get("torch_dtype")) or "fp32"
+    is_packed = bool(config.get("quantization_config"))
+    dtype = None if is_packed else source.dtype or said
     stored = from_weight_files(folder, config, dtype=dtype)
-    said = _word(config.get("dtype") or config.get("torch_dtype"))
-    formula = from_formula(config, dtype=dtype or said or "fp32")
-    if stored is None or formula is None:
-        return stored or formula
-    found = {parameter.name: parameter for parameter in stored.parameters}
-    same = {p.name: p.shape for p in formula.parameters} == {
-        name: parameter.shape for name, parameter in found.items()
-    }
-    if not same:
-        return stored
-    return replace(stored, parameters=tuple(found[p.name] for p in formula.parameters))
+    digest = hashlib.sha256(repr(config).encode()).hexdigest()
+    question = {"name": str(folder), "dtype": source.dtype, "config_digest": digest}
+    if is_packed or (runs_code and "auto_map" in config):
+        why = "" if stored else "only its own code knows its shapes, and a plan does not run it"
+        return Model(shapes=stored, why=why, question=question)
+    found = source.find(question, config, dtype=said)
+    if found.shapes is None and not found.is_refused and stored is not None:
+        return Model(shapes=stored, question=question)
+    if found.shapes is not None and stored is not None:
+        _check_shapes(folder, stored, found.shapes)
+    return found
+
+
+def _check_shapes(folder: Path, stored: ModelShapes, shapes: ModelShapes) -> None:
+    """ConfigError where a tensor has another shape than the model's, as `from_pretrained` does.
+
+    Files of a base model leave out the prefix by which a model with a head holds it.
+    """
+    found = {parameter.name: parameter.shape for parameter in stored.parameters}
+    for parameter in shapes.parameters:
+        bare = parameter.name.partition(".")[2]
+        shape = found.get(parameter.name, found.get(bare, parameter.shape))
+        if shape != parameter.shape:
+            raise ConfigError(
+                f"model.name: {folder}: {parameter.name} is {_spelled(shape)} in its weight files, "
+                f"but {_spelled(parameter.shape)} by its config.json; give the config.json that "
+                "belongs to these weights"
+            )
+
+
+def _spelled(shape: tuple[int, ...]) -> str:
+    return " × ".join(map(str, shape))
 
 
 def _asked(asker: Asker, question: Mapping[str, Any], config: Mapping[str, Any]) -> ModelShapes:
@@ -140,22 +230,12 @@ def read_parameter(entry: Mapping[str, Any]) -> Parameter:
     if dtype not in BYTES:
         raise ValueError(f"{dtype} is no type of elements")
     return Parameter(
-        name=name, shape=counts(entry["shape"]), dtype=dtype, trained=bool(entry["trained"])
+        name=name,
+        shape=counts(entry["shape"]),
+        dtype=dtype,
+        trained=bool(entry["trained"]),
+        is_transposed=bool(entry["transposed"]),
     )
-
-
-def _sized(
-    config: dict[str, Any],
-    tokenizer: Mapping[str, Any],
-    working_dir: Path,
-    environment: Mapping[str, str],
-) -> dict[str, Any]:
-    """As the worker does: a vocabulary that is not said is as large as the tokenizer's."""
-    if "vocab_size" not in config:
-        size = _tokenizer_size(tokenizer, working_dir, environment)
-        if size is not None:
-            config["vocab_size"] = size
-    return config
 
 
 def _tokenizer_size(
@@ -165,11 +245,16 @@ def _tokenizer_size(
         return _BYTE_TOKENS
     name = tokenizer.get("name")
     folder = local_folder(str(name), None, working_dir, environment) if name else None
+    if folder is None:
+        return None
     try:
-        content = json.loads((folder / "tokenizer.json").read_text("utf-8")) if folder else {}
+        file = folder / "tokenizer.json"
+        content = json.loads(read_small_text(file, label="", limit=_MOST_OF_TOKENIZER))
         vocabulary, added = content["model"]["vocab"], content.get("added_tokens", ())
-        return len({*vocabulary, *(token["content"] for token in added)})
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        # A Unigram model's pieces are a list, each with its score.
+        own = [*vocabulary] if isinstance(vocabulary, dict) else [piece for piece, _ in vocabulary]
+        return len({*own, *(token["content"] for token in added)})
+    except (ConfigError, ValueError, RecursionError, LookupError, TypeError, AttributeError):
         return None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bigtrain.checkpoint.staging import kept_at_most
 from bigtrain.memory.estimate import Request
 from bigtrain.memory.shapes import BYTES
 
@@ -51,7 +52,8 @@ def disk_plan(request: Request, *, checkpoints: int | None) -> DiskPlan:
 
 
 def _kept(training: Mapping[str, Any], checkpoints: int | None) -> int | None:
-    limit = training.get("save_total_limit")
-    if checkpoints is not None:
-        return min(checkpoints, int(limit)) if limit else checkpoints
-    return int(limit) if limit else None
+    watches = training.get("load_best_model_at_end") or training.get("metric_for_best_model")
+    kept = kept_at_most(training.get("save_total_limit"), protected=2 if watches else 1)
+    if kept is None or checkpoints is None:
+        return checkpoints if kept is None else kept
+    return min(checkpoints, kept)

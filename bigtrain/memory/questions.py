@@ -21,9 +21,15 @@ from bigtrain.errors import ConfigError
 
 _T = TypeVar("_T")
 
+REFUSED = 3
+"""The worker's exit code where transformers can't make the model."""
 _WORKER = "bigtrain.memory.answers"
 _TIMEOUT_S = 600
 _PACKAGE_ROOT = Path(__file__).resolve().parents[2]
+
+
+class RefusedModelError(ConfigError):
+    """transformers can't make the model, here or anywhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,8 @@ class Asker:
         )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ConfigError(f"model: it can't be built to measure its memory: {reason}")
+            kind = RefusedModelError if done.returncode == REFUSED else ConfigError
+            raise kind(f"model: it can't be built to measure its memory: {reason}")
         return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -32,6 +32,8 @@ class Parameter:
     dtype: str = "fp32"
     """As it is loaded; what training makes of it is the engine's affair."""
     trained: bool = True
+    is_transposed: bool = False
+    """True of a `Conv1D`'s weight, as in GPT-2: (in, out), where a `Linear` has (out, in)."""
 
     @cached_property
     def numel(self) -> int:

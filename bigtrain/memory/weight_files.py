@@ -2,6 +2,8 @@
 
 transformers 5 holds the experts of a layer as one tensor, while files hold them one by one; they
 are put together here as it does (its `conversion_mapping.py`), so that shapes are the modules'.
+What older versions stored and the model has no parameter for is left out: masks, rotary
+frequencies, and a head that is tied to the embeddings.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import Any
 from bigtrain.checkpoint.formats.safetensors import read_safetensors
 from bigtrain.checkpoint.json_object import indexed_files
 from bigtrain.errors import CheckpointError, ConfigError
-from bigtrain.memory.families import architecture
+from bigtrain.memory.families import architecture, complete
 from bigtrain.memory.shapes import ModelShapes, Parameter
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,6 +24,7 @@ _EXPERT = re.compile(
     r"^(?P<owner>.*\.experts)\.(?P<number>\d+)\."
     r"(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
 )
+_BUFFER = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.inv_freq)$")
 _DOWN = ("w2", "down_proj")
 
 
@@ -40,8 +43,12 @@ def from_weight_files(
     if not files:
         return None
     stored = {
-        name: (entry.shape, dtype or entry.dtype.name) for (name, _), entry in index.entries.items()
+        name: (entry.shape, dtype or entry.dtype.name)
+        for (name, _), entry in index.entries.items()
+        if not _BUFFER.search(name)
     }
+    if complete(config).get("tie_word_embeddings") and len(stored) > 1:
+        stored.pop("lm_head.weight", None)
     parameters = tuple(
         Parameter(name=name, shape=shape, dtype=kind) for name, (shape, kind) in _merged(stored)
     )

@@ -93,12 +93,13 @@ def _unknown_optimizer(plan: RunPlan) -> str:
 
 
 def model_of(plan: RunPlan, environment: Mapping[str, str], *, asks: bool = True) -> Model:
-    """The plan's model, as far as it can be known here; without `asks`, at once."""
+    """The plan's model, as far as it can be known here; without `asks`, at once. The hub's cache is
+    where the ranks will have it."""
     return find_model(
         plan.model,
         tokenizer=plan.tokenizer,
         working_dir=Path(plan.working_dir),
-        environment=environment,
+        environment={**environment, **plan.environment},
         asks=asks,
     )
 
@@ -147,10 +148,10 @@ def read_bytes(text: str | None, *, label: str) -> int | None:
     where nothing was said."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.IGNORECASE)
     size = int(float(found[1]) * _UNITS[(found[2] or "B").upper()]) if found else 0
     if size < _UNITS["MIB"]:
-        raise ConfigError(f"{label} {text}: not a size; write 80GiB, for example")
+        raise ConfigError(f"{label} {text:.60}: not a size; write 80GiB, for example")
     return size
 
 
@@ -159,7 +160,7 @@ def _checkpoints(values: Mapping[str, Any], steps: int | None) -> int | None:
     if strategy == "no":
         return 0
     if strategy == "epoch" and steps is None:
-        return int(values["num_train_epochs"])
+        return math.ceil(float(values["num_train_epochs"]))  # the end of a part of one is one, too
     if strategy != "steps" or steps is None:
         return None
     every = values["save_steps"]

@@ -16,7 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bigtrain.checkpoint.manifest import Progress
 from bigtrain.checkpoint.save import InFlight, Saver, SaveRequest
-from bigtrain.checkpoint.staging import rotate
+from bigtrain.checkpoint.staging import kept_at_most, rotate
 from bigtrain.errors import CheckpointError, UnsupportedError
 from bigtrain.trainer import collectives, rng
 from bigtrain.trainer.callback_states import CallbackStates
@@ -204,8 +204,7 @@ class Saving(Models, CallbackStates, Leasing):
             self.state.best_model_checkpoint = str(relative)
 
     def _rotate(self, output_dir: Path, *, newest: Path) -> None:
-        keep = self.args.save_total_limit
-        if keep is None or keep <= 0 or not self.args.should_save:
+        if not self.args.should_save:
             return
         protect = {newest}
         if self.state.best_model_checkpoint is not None:
@@ -213,8 +212,9 @@ class Saving(Models, CallbackStates, Leasing):
         if self._exports is not None:
             protect |= self._exports.in_use
         protect |= self._in_upload()
-        # As in transformers: with a limit of one the newest stays beside the best.
-        keep = max(keep, len(protect))
+        keep = kept_at_most(self.args.save_total_limit, protected=len(protect))
+        if keep is None:
+            return
         try:
             rotate(output_dir, run_id=self._run(), keep=keep, protect=protect)
         except OSError as error:

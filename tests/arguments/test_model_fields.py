@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigtrain.arguments import model_fields
-from bigtrain.arguments.model_fields import config_class, config_faults, too_long
+from bigtrain.arguments.model_fields import config_class, config_faults, read_config, too_long
 
 _DECODERS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gpt2", "gemma2", "phi", "opt")
 
@@ -32,6 +34,25 @@ def _differences(model_types: list[str]) -> dict[str, set[str]]:
 def test_the_fields_of_the_usual_decoders_are_those_of_their_classes() -> None:
     assert all(config_class(model_type) for model_type in _DECODERS)
     assert _differences(list(_DECODERS)) == {}
+
+
+def test_the_causal_models_are_those_of_transformers() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert model_fields._causal_models().keys() == MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "large"])
+def test_a_config_that_is_no_small_file_is_not_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_text(f'{{"a": "{"a" * (17 << 20)}"}}')
+
+    assert read_config(tmp_path) == {}
 
 
 @pytest.mark.slow
@@ -71,6 +92,21 @@ def test_the_defaults_are_those_of_the_class(model_type: str) -> None:
         (
             {"model_type": "llama", "num_hidden_layers": -1, "vocab_size": 64},
             {"num_hidden_layers": "-1 is too small; it must be at least 1"},
+        ),
+        (
+            {"model_type": "llama", "num_hidden_layers": 10**9},
+            {"num_hidden_layers": "1000000000 layers are too many; give at most 2000"},
+        ),
+        (
+            {"model_type": "gpt2", "n_layer": 2001},
+            {"n_layer": "2001 layers are too many; give at most 2000"},
+        ),
+        (
+            {"model_type": "t5"},
+            {
+                "model_type": "'t5' is no causal language model in transformers, and a run file "
+                "trains one"
+            },
         ),
         (
             {"model_type": "gpt2", "n_layer": 0},

@@ -9,6 +9,8 @@ import pytest
 from bigtrain.arguments.schema import load_schema
 from bigtrain.arguments.values import did_you_mean, read_value
 
+_TOO_LARGE = "too large a number: none may have 64 bits or more"
+
 
 @pytest.mark.parametrize(
     ("name", "given", "read"),
@@ -49,6 +51,13 @@ def test_a_value_is_read_as_its_field_declares(name: str, given: Any, read: Any)
         ("learning_rate", float("inf"), "inf is not a number"),
         ("learning_rate", "nan", "nan is not a number"),
         ("bf16", 1, "1 is not true or false"),
+        ("per_device_train_batch_size", 1e308, _TOO_LARGE),
+        (
+            "per_device_train_batch_size",
+            10**400,
+            _TOO_LARGE,
+        ),
+        ("max_steps", "9" * 400, _TOO_LARGE),
         ("per_device_train_batch_size", 0, "0 is too small; it must be at least 1"),
         ("output_dir", 5, "5 is not text"),
         ("label_names", "labels", "'labels' is not a list"),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, LlamaModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from bigtrain.errors import ConfigError
 from bigtrain.memory.adapters import with_adapters
-from bigtrain.memory.discovery import find_model, read_parameter
+from bigtrain.memory.discovery import find_model, local_folder, read_parameter
 from bigtrain.memory.families import FAMILIES, architecture, from_formula
 from bigtrain.memory.known_models import KNOWN_MODELS
 from bigtrain.memory.questions import Asker
@@ -99,12 +104,20 @@ def test_weight_files_give_the_modules_shapes(family: str, tmp_path: Path) -> No
     assert {parameter.dtype for parameter in stored.parameters} == {"float32"}
 
 
-def _find(section: dict[str, Any], folder: Path, **environment: str) -> Any:
+def _find(
+    section: dict[str, Any],
+    folder: Path,
+    *,
+    tokenizer: Mapping[str, Any] = MappingProxyType({"kind": "bytes"}),
+    asks: bool = True,
+    **environment: str,
+) -> Any:
     return find_model(
         section,
-        tokenizer={"kind": "bytes"},
+        tokenizer=tokenizer,
         working_dir=folder,
         environment={"PATH": "", "XDG_CACHE_HOME": str(folder / "cache"), **environment},
+        asks=asks,
     )
 
 
@@ -123,7 +136,8 @@ def test_a_family_without_a_formula_is_asked_once(tmp_path: Path) -> None:
 
 def test_a_kept_answer_that_is_damaged_is_asked_for_again(tmp_path: Path) -> None:
     question = {"kind": "shapes"}
-    right = {"parameters": [{"name": "a", "shape": [2, 3], "dtype": "float32", "trained": True}]}
+    parameter = {"name": "a", "shape": [2, 3], "dtype": "float32"}
+    right = {"parameters": [parameter | {"trained": True, "transposed": False}]}
     asked: list[str] = []
 
     class Counting(Asker):
@@ -158,12 +172,108 @@ def test_a_model_that_can_not_be_made_is_told_in_the_words_of_what_refused_it(
 
     found = _find({"name": str(tmp_path)}, tmp_path)
 
-    assert found.shapes is None
+    assert found.shapes is None and found.is_refused
     assert found.why.startswith(
         "model: it can't be built to measure its memory: ValueError: Unrecognized configuration "
         "class <class 'transformers.models.t5.configuration_t5.T5Config'> for this kind of "
         "AutoModel: AutoModelForCausalLM."
     )
+
+
+def _saved(folder: Path, model_type: str, **fields: Any) -> Path:
+    config = CONFIG_MAPPING[model_type](**(_SMALL | fields))
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+def _with_more(folder: Path, **tensors: torch.Tensor) -> None:
+    file = folder / "model.safetensors"
+    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+
+
+def _tied_with_its_head(folder: Path) -> None:
+    _saved(folder, "llama", tie_word_embeddings=True)
+    head = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
+    frequencies = {f"model.layers.{k}.self_attn.rotary_emb.inv_freq": torch.ones(6) for k in (0, 1)}
+    _with_more(folder, **{"lm_head.weight": head}, **frequencies)
+
+
+def _base_model(folder: Path) -> None:
+    LlamaModel(CONFIG_MAPPING["llama"](**_SMALL)).save_pretrained(folder)
+
+
+def _fewer_layers_than_stored(folder: Path) -> None:
+    config = json.loads((_saved(folder, "llama") / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+
+
+def _as_gpt2_on_the_hub(folder: Path) -> None:
+    """Without the prefix, and with the causal masks that were buffers once."""
+    file = _saved(folder, "gpt2") / "model.safetensors"
+    stored = load_file(file)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in stored.items()}
+    masks = {f"h.{k}.attn.bias": torch.ones(1, 1, 64, 64) for k in (0, 1)}
+    save_file(bare | masks, file, metadata={"format": "pt"})
+
+
+def _untied_bias(folder: Path) -> None:
+    _saved(folder, "qwen2", tie_word_embeddings=False)
+
+
+def _bert(folder: Path) -> None:
+    _saved(folder, "bert", is_decoder=True)
+    _with_more(folder, **{"bert.pooler.dense.weight": torch.ones(48, 48)})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("write", "asks"),
+    [
+        (_tied_with_its_head, True),
+        (_base_model, True),
+        (_fewer_layers_than_stored, True),
+        (_untied_bias, True),
+        (_as_gpt2_on_the_hub, True),
+        (_as_gpt2_on_the_hub, False),
+        (_bert, True),
+    ],
+)
+def test_a_directory_has_the_parameters_that_are_loaded_from_it(
+    write: Any, asks: bool, tmp_path: Path
+) -> None:
+    write(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    shapes = _find({"name": str(tmp_path)}, tmp_path, asks=asks).shapes
+
+    assert shapes.numel == loaded.num_parameters()
+    if asks:
+        assert _named(shapes) == [(n, tuple(p.shape)) for n, p in loaded.named_parameters()]
+
+
+@pytest.mark.parametrize("write", [_base_model, lambda folder: _saved(folder, "llama")])
+def test_weights_of_another_shape_than_the_config_s_are_refused(write: Any, tmp_path: Path) -> None:
+    write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 60}))
+
+    with pytest.raises(ConfigError) as raised:
+        _find({"name": str(tmp_path)}, tmp_path)
+
+    assert str(raised.value) == (
+        f"model.name: {tmp_path}: model.embed_tokens.weight is 50 × 48 in its weight files, but "
+        "60 × 48 by its config.json; give the config.json that belongs to these weights"
+    )
+
+
+def test_another_config_in_the_same_place_is_asked_anew(tmp_path: Path) -> None:
+    for layers in (1, 2):
+        config = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": layers}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+
+        shapes = _find({"name": str(tmp_path)}, tmp_path).shapes
+
+        assert len(shapes.units) == 1 + layers
 
 
 @pytest.mark.parametrize(
@@ -205,14 +315,84 @@ def test_a_model_in_the_hub_s_cache_is_found(tmp_path: Path) -> None:
 
     found = _find({"name": "a/b", "dtype": "bf16"}, tmp_path, HF_HOME=str(tmp_path))
 
-    assert found.shapes.source == "headers of model.safetensors"
+    assert found.shapes.source == "formula for llama"
+    assert found.shapes.parameters[0].dtype == "bf16"
     assert found.shapes.numel == _real("llama", **_SMALL).num_parameters()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {},
+        {"HF_HOME": "~/hf"},
+        {"HF_HOME": "$HOME/${ELSE}/hf"},
+        {"HF_HOME": ""},
+        {"XDG_CACHE_HOME": "xdg"},
+        {"HUGGINGFACE_HUB_CACHE": "old", "HF_HOME": "hf"},
+        {"HUGGINGFACE_HUB_CACHE": "old", "HF_HUB_CACHE": "~/new"},
+    ],
+)
+def test_the_hub_s_cache_is_where_huggingface_hub_has_it(
+    said: dict[str, str], tmp_path: Path
+) -> None:
+    code = "from huggingface_hub import constants; print(constants.HF_HUB_CACHE)"
+    environment = {"HOME": str(tmp_path / "home"), "ELSE": "else", **said}
+    cache = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True)
+    snapshot = tmp_path / cache.strip() / "models--a--b" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+
+    assert local_folder("a/b", "c0ffee", tmp_path, environment) == snapshot
 
 
 def test_the_byte_tokenizer_sizes_a_vocabulary_that_is_not_said(tmp_path: Path) -> None:
     found = _find({"config": {"model_type": "llama", "hidden_size": 64}}, tmp_path)
 
     assert found.shapes.architecture.vocabulary == 257
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.WordLevel({"a": 0, "b": 1, "<unk>": 2}, unk_token="<unk>"),
+        models.Unigram([("<unk>", 0.0), ("a", -1.0), ("b", -2.0), ("c", -3.0)], unk_id=0),
+    ],
+    ids=["a mapping", "a list with scores"],
+)
+def test_a_tokenizer_s_size_is_counted_in_its_file(model: Any, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens(["<unk>", "<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    shapes = _find(_SCRATCH, tmp_path, tokenizer={"name": str(tmp_path)}).shapes
+
+    assert shapes.architecture.vocabulary == tokenizer.get_vocab_size(with_added_tokens=True)
+    assert shapes.source == "formula for llama"
+
+
+def test_a_tokenizer_whose_size_is_not_known_is_said_so(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": 3}}')
+
+    shapes = _find(_SCRATCH, tmp_path, tokenizer={"name": str(tmp_path)}).shapes
+
+    assert shapes.source == (
+        "formula for llama, with its default vocab_size: the tokenizer's size is not known here"
+    )
+
+
+_SCRATCH = {"config": {"model_type": "llama", "hidden_size": 64}}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_layers_without_end_are_not_counted_one_by_one(family: str, tmp_path: Path) -> None:
+    """As of a model in the hub's cache, whose config is not judged before."""
+    text = {"model_type": "gemma3_text", "num_hidden_layers": 10**9}
+    config = {"model_type": family, "num_hidden_layers": 10**9, "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = _find({"name": str(tmp_path)}, tmp_path)
+
+    assert found.shapes is None
+    assert found.why == "its config: 1000000000 layers are too many; give at most 2000"
 
 
 def test_layers_are_the_units_and_the_rest_is_the_root() -> None:
@@ -229,18 +409,38 @@ def test_layers_are_the_units_and_the_rest_is_the_root() -> None:
     assert sum(map(len, shapes.units)) == len(shapes.parameters)
 
 
-def test_lora_s_shapes_are_peft_s() -> None:
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [
+        ("llama", ["q_proj", "down_proj"]),
+        ("llama", ["self_attn.q_proj"]),
+        ("llama", ["model.layers.0.self_attn.q_proj", "layers.1.mlp.up_proj", "proj"]),
+        ("gpt2", ["c_attn", "mlp.c_fc"]),
+    ],
+)
+def test_lora_s_shapes_are_peft_s(family: str, targets: list[str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
-    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    model = peft.get_peft_model(_real("llama", **_SMALL), config)
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0, "target_modules": targets}
+    config = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(_real(family, **_SMALL), config)
 
-    shapes = from_formula({"model_type": "llama", **_SMALL}, dtype="fp32")
-    assert shapes is not None
+    shapes = _find({"config": {"model_type": family, **_SMALL}}, tmp_path).shapes
     adapted = with_adapters(shapes, lora)
 
     real = {name: (tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()}
     assert {p.name: (p.shape, p.trained) for p in adapted.parameters} == real
+
+
+def test_lora_on_no_module_of_the_model_is_refused() -> None:
+    shapes = from_formula({"model_type": "llama", **_SMALL}, dtype="fp32")
+
+    assert shapes is not None
+    with pytest.raises(ConfigError) as raised:
+        with_adapters(shapes, {"rank": 4, "target_modules": ["attn.q_proj", "proj"]})
+
+    assert str(raised.value) == (
+        "model.lora.target_modules: the model has no module named attn.q_proj, proj"
+    )
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_the_worker_s_imports_are_known_beforehand(folder: Path) -> None:
 
 def test_a_local_model_s_config_sizes_the_buckets(folder: Path) -> None:
     (folder / "model").mkdir()
+    (folder / "model/pytorch_model.bin").touch()
     (folder / "model/config.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 1000}))
     (folder / "model/tokenizer_config.json").write_text("{}")
     assignments = ("engine=zero2", "model=model", "tokenizer=null")

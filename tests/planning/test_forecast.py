@@ -18,7 +18,7 @@ from bigtrain.plan import RunPlan, write_plan
 from bigtrain.planning import Request, Surroundings, compare_engines, make_plan
 from bigtrain.planning.device_memory import DeviceMemory
 from bigtrain.planning.engine_choice import Candidate, candidates, choose
-from bigtrain.planning.forecast import Forecast, forecast, read_bytes, verdict
+from bigtrain.planning.forecast import Forecast, forecast, make_schedule, read_bytes, verdict
 from bigtrain.share import share_root
 
 _GPU = 80 << 30
@@ -231,12 +231,77 @@ def test_checkpoints_without_a_limit_are_not_bounded(tmp_path: Path) -> None:
     assert limited.disk is not None and limited.disk.kept == 2
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (("save_total_limit=-1",), 4),
+        (("save_total_limit=0",), 4),
+        (("save_total_limit=1",), 1),
+        (("save_total_limit=1", "load_best_model_at_end=true"), 2),
+        (("save_total_limit=1", "metric_for_best_model=loss"), 2),
+        (("save_total_limit=3", "load_best_model_at_end=true"), 3),
+        (("save_total_limit=9",), 4),
+    ],
+)
+def test_as_many_checkpoints_are_counted_as_the_trainer_keeps(
+    said: tuple[str, ...], kept: int, tmp_path: Path
+) -> None:
+    run = _RUN.replace("128}", "128, eval_split: 0.1}")
+    (tmp_path / "run.yaml").write_text(run)
+    cadence = ("eval_strategy=steps", "eval_steps=30", *said)
+
+    plan = _plan("run.yaml", *(f"training.{value}" for value in cadence), folder=tmp_path)
+    disk = _forecast(plan, tmp_path).disk
+
+    assert disk is not None and disk.peak is not None
+    assert disk.kept == kept
+    assert disk.peak - disk.model == (kept + 1) * disk.checkpoint
+
+
+@pytest.mark.parametrize(("epochs", "checkpoints"), [("0.5", 1), ("1.5", 2), ("2", 2)])
+def test_the_end_of_a_part_of_an_epoch_is_saved_too(
+    epochs: str, checkpoints: int, tmp_path: Path
+) -> None:
+    """As a run with these does it."""
+    (tmp_path / "run.yaml").write_text(_RUN)
+    said = ("save_strategy=epoch", "max_steps=-1", f"num_train_epochs={epochs}")
+
+    plan = _plan("run.yaml", *(f"training.{value}" for value in said), folder=tmp_path)
+
+    assert make_schedule(plan).checkpoints == checkpoints
+
+
 def test_an_optimizer_whose_state_is_not_known_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(_RUN)
 
     done = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw")
 
     assert "as Adam's: what galore_adamw keeps is not known" in done.stdout, done.stderr
+    shown = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw", "--json")
+    assert json.loads(shown.stdout)["forecast"]["memory"]["unknown_optimizer"] == "galore_adamw"
+
+
+def test_what_is_missing_and_what_a_launch_refuses_is_told_to_programs_too(tmp_path: Path) -> None:
+    """T5 in the hub's cache, whose directory is not looked at before the model is asked."""
+    repository = tmp_path / "hub" / "models--a--b"
+    (repository / "snapshots" / "c0ffee").mkdir(parents=True)
+    (repository / "snapshots" / "c0ffee" / "config.json").write_text('{"model_type": "t5"}')
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("c0ffee")
+    (tmp_path / "run.yaml").write_text(
+        "model: a/b\ntokenizer: {kind: bytes}\ndata: {train_files: gone.txt}\nengine: single\n"
+    )
+    said = ("run.yaml", "--set", f"cluster.env.HF_HOME={tmp_path}", "--device-memory", "80GiB")
+
+    text = _command(tmp_path, *said).stdout
+    found = json.loads(_command(tmp_path, *said, "--json").stdout)
+
+    (missing,), (refused,) = found["missing"], found["refused"]
+    assert missing.startswith("run.yaml:3: data.train_files: ")
+    assert refused.startswith("model: it can't be built to measure its memory: ValueError: Unrec")
+    assert f"Launch will refuse it\n  {refused}" in text
+    assert f"Missing on this machine\n  {missing}" in text
+    assert f"unknown  {refused}" in text
 
 
 @pytest.mark.parametrize(
@@ -290,11 +355,11 @@ def test_sizes_are_read(text: str, number: int) -> None:
     assert read_bytes(text, label="--device-memory") == number
 
 
-@pytest.mark.parametrize("text", ["lots", "80", "80iB"])
+@pytest.mark.parametrize("text", ["lots", "80", "80iB", "9" * 400 + "GiB"])
 def test_a_size_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         read_bytes(text, label="--device-memory")
-    assert str(raised.value) == f"--device-memory {text}: not a size; write 80GiB, for example"
+    assert str(raised.value) == f"--device-memory {text:.60}: not a size; write 80GiB, for example"
 
 
 def _command(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
