@@ -1,10 +1,10 @@
 """The shapes of a run's model, from the cheapest place that knows them.
 
-In this order: a formula, where the family has one; the model itself on the meta device, in a
-process whose answer is kept; the headers of its weight files. A file may hold more than the model
-has, or less: it is asked last, and else only has to agree in the shapes of what both have. A model
-of the hub is looked for in the local cache; one that is not there yet can't be measured before it
-is downloaded.
+In this order: the headers of its weight files, where they hold what its config describes and
+nothing else; a formula, where the family has one; else the model itself on the meta device, in a
+process whose answer is kept. Files may hold more than the model has, or less: then they only have
+to agree in the shapes of what both have. A model of the hub is looked for in the local cache; one
+that is not there yet can't be measured before it is downloaded.
 """
 
 from __future__ import annotations
@@ -67,7 +67,12 @@ def find_model(
     if not name:
         found = _from_scratch(section, tokenizer, working_dir, environment, source)
     elif folder is not None:
-        found = _stored(folder, source, runs_code=bool(section.get("trust_remote_code")))
+        found = _stored(
+            folder,
+            source,
+            runs_code=bool(section.get("trust_remote_code")),
+            needs_classes=bool(section.get("lora")),
+        )
     elif name in KNOWN_MODELS:
         found = source.of_config(KNOWN_MODELS[name], dtype="bf16")
     else:
@@ -172,8 +177,11 @@ def _of_default_vocabulary(found: Model) -> Model:
     return replace(found, shapes=replace(found.shapes, source=f"{found.shapes.source}, {note}"))
 
 
-def _stored(folder: Path, source: _Source, *, runs_code: bool) -> Model:
-    """The model in a directory, as its config.json describes it and as the worker loads it."""
+def _stored(folder: Path, source: _Source, *, runs_code: bool, needs_classes: bool) -> Model:
+    """The model in a directory, as its config.json describes it and as the worker loads it.
+
+    `needs_classes`: names and shapes alone don't do; it counts which modules they belong to.
+    """
     config = read_config(folder)
     said = _word(config.get("dtype") or config.get("torch_dtype")) or "fp32"
     is_packed = bool(config.get("quantization_config"))
@@ -183,12 +191,18 @@ def _stored(folder: Path, source: _Source, *, runs_code: bool) -> Model:
     question = {"name": str(folder), "dtype": source.dtype, "config_digest": digest}
     if is_packed or (runs_code and "auto_map" in config):
         why = "" if stored else "only its own code knows its shapes, and a plan does not run it"
-        return Model(shapes=stored, why=why, question=question)
+        return Model(shapes=stored.shapes if stored else None, why=why, question=question)
+    if stored is None:
+        return source.find(question, config, dtype=said)
+    if stored.is_exact and from_formula(config, dtype=said) is None and not needs_classes:
+        return Model(shapes=stored.shapes, question=question)
     found = source.find(question, config, dtype=said)
-    if found.shapes is None and not found.is_refused and stored is not None:
-        return Model(shapes=stored, question=question)
-    if found.shapes is not None and stored is not None:
-        _check_shapes(folder, stored, found.shapes)
+    if found.shapes is None:
+        return found if found.is_refused else Model(shapes=stored.shapes, question=question)
+    _check_shapes(folder, stored.shapes, found.shapes)
+    if stored.is_exact and len(stored.shapes.parameters) == len(found.shapes.parameters):
+        shapes = replace(found.shapes, source=stored.shapes.source)  # which say the same
+        found = replace(found, shapes=shapes)
     return found
 
 

@@ -2,14 +2,15 @@
 
 transformers 5 holds the experts of a layer as one tensor, while files hold them one by one; they
 are put together here as it does (its `conversion_mapping.py`), so that shapes are the modules'.
-What older versions stored and the model has no parameter for is left out: masks, rotary
-frequencies, and a head that is tied to the embeddings.
+What is stored and the model has no parameter for is left out, as far as names tell it: masks and
+rotary frequencies of older versions, heads for other tasks, and one that is tied to the embeddings.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,28 @@ _EXPERT = re.compile(
     r"^(?P<owner>.*\.experts)\.(?P<number>\d+)\."
     r"(?P<part>w1|w2|w3|gate_proj|up_proj|down_proj)\.weight$"
 )
-_BUFFER = re.compile(r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.inv_freq)$")
+_UNUSED = re.compile(
+    r"(?:^|\.)(?:(?:attn|attention)\.(?:bias|masked_bias)|rotary_emb\.inv_freq|position_ids"
+    r"|pooler\.dense\.(?:weight|bias)|seq_relationship\.(?:weight|bias))$"
+)
+_LAYER = re.compile(r"^((?:[a-z_]\w*\.)*)(\d+)\.")
+_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output|decoder)\.weight$")
 _DOWN = ("w2", "down_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """What weight files hold."""
+
+    shapes: ModelShapes
+    is_exact: bool
+    """Whether this is, as far as can be told, what a model loads that is made by the config: with
+    its layers and a head, and nothing beside."""
 
 
 def from_weight_files(
     folder: Path, config: Mapping[str, Any], *, dtype: str | None
-) -> ModelShapes | None:
+) -> Stored | None:
     """The parameters in the safetensors files of `folder`; None where there are none.
 
     `dtype` is what they are loaded as; None: as they are stored.
@@ -45,19 +61,32 @@ def from_weight_files(
     stored = {
         name: (entry.shape, dtype or entry.dtype.name)
         for (name, _), entry in index.entries.items()
-        if not _BUFFER.search(name)
+        if not _UNUSED.search(name)
     }
-    if complete(config).get("tie_word_embeddings") and len(stored) > 1:
+    is_tied = bool(complete(config).get("tie_word_embeddings"))
+    if is_tied and len(stored) > 1:
         stored.pop("lm_head.weight", None)
     parameters = tuple(
         Parameter(name=name, shape=shape, dtype=kind) for name, (shape, kind) in _merged(stored)
     )
     named = files[0].name if len(files) == 1 else f"{len(files)} safetensors files"
-    return ModelShapes(
-        parameters=parameters,
-        source=f"headers of {named}",
-        architecture=architecture(config),
+    found = architecture(config)
+    layers = found.layers if found is not None else None
+    return Stored(
+        shapes=ModelShapes(parameters=parameters, source=f"headers of {named}", architecture=found),
+        is_exact=len(stored) == len(index.entries)
+        and _count_layers(stored) == layers
+        and (is_tied or any(map(_HEAD.search, stored))),
     )
+
+
+def _count_layers(names: Iterable[str]) -> int:
+    """Of the list of modules with the most elements."""
+    lists: dict[str, set[str]] = {}
+    for name in names:
+        if found := _LAYER.match(name):
+            lists.setdefault(found[1], set()).add(found[2])
+    return max(map(len, lists.values()), default=0)
 
 
 def _files(folder: Path) -> list[Path]:
