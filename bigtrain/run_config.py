@@ -250,7 +250,7 @@ def _top_level(layers: Layers) -> dict[str, Any]:
                 found[key] = read_name(value)
             except ValueError as error:
                 layers.fault((key,), str(error))
-            if key == "name" and (set(value) & {"/", "\\"} or value in ("", ".", "..")):
+            if key == "name" and ("\\" in value or {"", ".", ".."} & {*value.split("/")}):
                 what = "is no run's name, which a directory below runs/ has too; use a word"
                 layers.fault((key,), f"{value!r:.80} {what}")
     return found
