@@ -24,7 +24,7 @@ from pathlib import Path
 
 import xxhash
 
-from bigtrain.checkpoint.manifest import MANIFEST, read_manifest
+from bigtrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from bigtrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -120,6 +120,12 @@ def newest_first(output_dir: Path) -> list[Path]:
             created = "~"  # sorts behind every date
         ranked.append((created, step, path))
     return [path for _, _, path in sorted(ranked, reverse=True)]
+
+
+def committed_at(path: Path, manifest: Manifest) -> datetime:
+    """By the clock of who wrote it or of who keeps the files, whichever is later."""
+    kept = (path / MANIFEST).stat().st_mtime
+    return max(datetime.fromisoformat(manifest.created), datetime.fromtimestamp(kept, tz=UTC))
 
 
 def time_of_commit(output_dir: Path) -> str:

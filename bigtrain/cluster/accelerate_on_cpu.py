@@ -1,8 +1,9 @@
 """Lets accelerate run ZeRO and FSDP2 without a GPU, in scripts that choose them by environment.
 
 Its `PartialState` takes those engines only where it has found a GPU; on a CPU it silently trains
-without them (accelerate/state.py, `_prepare_backend`), and so it does wherever a script asks for the
-CPU (`--use_cpu`, `Accelerator(cpu=True)`). Everything after that choice works over gloo. The patch is made when a script imports the module, so that the script's imports stay its own.
+without them (accelerate/state.py, `_prepare_backend`), and so it does wherever a script asks for
+the CPU (`--use_cpu`, `Accelerator(cpu=True)`). Everything after that choice works over gloo. The
+patch is made when a script imports the module, so that the script's imports stay its own.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import lease
+from bigtrain.checkpoint.staging import time_of_commit
 from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan, read_plan
 
@@ -27,15 +28,28 @@ def next_attempt(output_dir: Path) -> int:
 
 def run_id(output_dir: Path, *, begins_anew: bool) -> str:
     """The id of the run that the directory's newest attempt belongs to, or else a new one."""
+    earlier = None if begins_anew else _newest(output_dir)
+    return (earlier.run_id if earlier else "") or uuid.uuid4().hex
+
+
+def begun_anew(output_dir: Path, *, resume: str) -> str:
+    """As `RunPlan.begun_anew` has it, for an attempt that goes on as `resume` says.
+
+    A checkpoint that was named is the run's own from then on, and so are all others.
+    """
+    if resume == "never":
+        return time_of_commit(output_dir)
+    earlier = _newest(output_dir) if resume in ("auto", "script") else None
+    return earlier.begun_anew if earlier else ""
+
+
+def _newest(output_dir: Path) -> RunPlan | None:
+    """The plan of the newest attempt; None where there is none that can be read."""
     recorded = _recorded(output_dir)
-    if recorded and not begins_anew:
-        try:
-            earlier = read_plan(max(recorded)[1]).run_id
-        except ConfigError:
-            earlier = ""
-        if earlier:
-            return earlier
-    return uuid.uuid4().hex
+    try:
+        return read_plan(max(recorded)[1]) if recorded else None
+    except ConfigError:
+        return None
 
 
 def check_output_dir(plan: RunPlan) -> None:
