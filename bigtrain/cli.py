@@ -10,8 +10,7 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -21,6 +20,7 @@ from bigtrain import run_commands
 from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.faults import error_text, faults_told
 
 if TYPE_CHECKING:
     from bigtrain.layers import Override
@@ -118,14 +118,6 @@ def _script_arguments_hint(words: list[str]) -> str | None:
     )
 
 
-def error_text(error: BigtrainError) -> str:
-    """`error: what`, or a list where there are several faults."""
-    faults = error.faults if isinstance(error, ConfigError) else (str(error),)
-    if len(faults) == 1:
-        return f"error: {faults[0]}"
-    return "\n".join((f"error: {len(faults)} faults", *(f"  {fault}" for fault in faults)))
-
-
 def _print_version(asked: bool) -> None:
     if asked:
         from bigtrain import __version__
@@ -218,7 +210,7 @@ def launch(
         "training.on_save_failure": ("--on-save-failure", on_save_failure),
         "training.deepspeed": ("--deepspeed", deepspeed),
     }
-    with _faults_told(as_json=as_json):
+    with faults_told(as_json=as_json):
         from bigtrain.launch_command import Launch, run
         from bigtrain.planning import Request
         from bigtrain.planning.forecast import read_bytes
@@ -293,7 +285,7 @@ def plan(
         "output_dir": ("--output-dir", output_dir),
         "training.deepspeed": ("--deepspeed", deepspeed),
     }
-    with _faults_told(as_json=as_json):
+    with faults_told(as_json=as_json):
         question = plan_command.Question(
             target=target,
             script_args=tuple(script_args or ()),
@@ -311,20 +303,6 @@ def plan(
 app.command(epilog=consolidate_command.EXAMPLES)(consolidate_command.consolidate)
 app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
 run_commands.register(app)
-
-
-@contextmanager
-def _faults_told(*, as_json: bool) -> Iterator[None]:
-    """With `--json` a fault is a line of JSON on stdout, as everything else is then."""
-    try:
-        yield
-    except BigtrainError as error:
-        if not as_json:
-            raise
-        from bigtrain.console import open_console
-
-        open_console(as_json=True).fail(error_text(error))
-        raise typer.Exit(error.exit_code) from None
 
 
 def _overrides(

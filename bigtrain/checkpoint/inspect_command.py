@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bigtrain.faults import faults_told
+
 if TYPE_CHECKING:
     from bigtrain.checkpoint.inspect import Inspection
 
@@ -42,14 +44,15 @@ def inspect(
 
     Leaves with 1 where --verify finds a fault or --diff a difference.
     """
-    code = run(
-        checkpoint,
-        check=verify,
-        other=diff,
-        all_tensors=tensors,
-        as_json=as_json,
-        say=lambda line: typer.echo(_printable(line)),
-    )
+    with faults_told(as_json=as_json):
+        code = run(
+            checkpoint,
+            check=verify,
+            other=diff,
+            all_tensors=tensors,
+            as_json=as_json,
+            say=lambda line: typer.echo(_printable(line)),
+        )
     raise typer.Exit(code)
 
 
