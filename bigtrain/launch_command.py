@@ -41,6 +41,7 @@ from bigtrain.plan_report import report
 from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.output_dir import begun_anew, check_not_in_use, plan_path
+from bigtrain.planning.writable import check_cache
 from bigtrain.sections import ClusterSection
 from bigtrain.slurm import identity, time_limit
 from bigtrain.slurm.progress import Progress
@@ -126,6 +127,7 @@ def run(launch: Launch) -> int:
 
 def _here(launch: Launch) -> int:
     made = _resumed(launch.plan(*launch.nodes()), launch.environment)
+    check_cache(made)
     if launch.dry_run:
         return _show(made, [*local.describe(made), *_on_each_node(made, launch)], launch)
     path = plan_path(made)

@@ -21,6 +21,7 @@ from bigtrain.planning import Request, Surroundings, compare_engines, make_plan,
 from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.forecast import Forecast, forecast, model_of, read_bytes
+from bigtrain.planning.output_dir import unwritable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ def show(question: Question, *, as_json: bool) -> str:
     found = _forecast(plan, question) if plan.kind == "run_file" else None
     if not as_json:
         missing = missing_of(question.request(), question.surroundings())
+        missing += filter(None, [unwritable(plan)])
         refused = list(nvme.refusals(plan))
         return report(plan, found, missing=missing, refused=refused, shows_all=question.shows_all)
     return json.dumps(plan_as_json(plan, found), indent=2)

@@ -12,6 +12,7 @@ from bigtrain.checkpoint import lease
 from bigtrain.checkpoint.staging import time_of_commit
 from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan, read_plan
+from bigtrain.planning.writable import refusal
 
 _PLAN_NAME = re.compile(r"attempt-(\d+)\.json")
 
@@ -57,6 +58,8 @@ def check_output_dir(plan: RunPlan) -> None:
     output_dir = Path(plan.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"output_dir: {output_dir} is a file; give a directory")
+    if why := unwritable(plan):
+        raise ConfigError(why)
     if plan.training.get("overwrite_output_dir"):
         return
     occupant = _occupant(plan, output_dir)
@@ -67,6 +70,14 @@ def check_output_dir(plan: RunPlan) -> None:
             f"{said}output_dir: {output_dir} {occupant}; give another --output-dir, "
             "or go on in it with --set training.overwrite_output_dir=true"
         )
+
+
+def unwritable(plan: RunPlan) -> str:
+    """Why nothing can be written there on this machine; else empty."""
+    why = refusal(Path(plan.output_dir))
+    said = plan.origins.get("output_dir")
+    where = f"{said}: output_dir" if said else "output_dir"
+    return f"{where}: {plan.output_dir}: {why}; give another --output-dir" if why else ""
 
 
 def check_not_in_use(plan: RunPlan) -> None:
