@@ -55,7 +55,7 @@ class ConfigClass:
 
 
 def config_faults(
-    config: Mapping[str, Any], *, sequence_length: int = 0
+    config: Mapping[str, Any], *, sequence_length: int = 0, is_default: bool = False
 ) -> Iterator[tuple[str, str]]:
     """(key of `model.config`, what is wrong and the fix); nothing for a class that isn't known."""
     model_type = str(config.get("model_type"))
@@ -72,7 +72,7 @@ def config_faults(
     if not mistyped:
         whole = _by_first_name({**kind.defaults, **config}, kind)
         yield from _indivisible(config, whole, kind)
-        if why := too_long(config, sequence_length):
+        if why := too_long(config, sequence_length, is_default=is_default):
             yield _said_as(_POSITIONS, config, kind), why
 
 
@@ -102,8 +102,9 @@ def stored_faults(config: Mapping[str, Any], *, runs_code: bool) -> Iterator[str
         yield from (f"config.json: {key}: {why}" for key, why in _mistyped(config, kind))
 
 
-def too_long(config: Mapping[str, Any], sequence_length: int) -> str:
-    """What is wrong where sequences are longer than the model has positions; else empty."""
+def too_long(config: Mapping[str, Any], sequence_length: int, *, is_default: bool = False) -> str:
+    """What is wrong where sequences are longer than the model has positions; else empty.
+    `is_default`: nobody has said how long they are."""
     text = config.get("text_config")
     own = text if isinstance(text, Mapping) else config
     kind = config_class(str(own.get("model_type")))
@@ -113,7 +114,7 @@ def too_long(config: Mapping[str, Any], sequence_length: int) -> str:
         return ""
     return (
         f"the model has {positions} positions ({_POSITIONS}), but data.sequence_length is "
-        f"{sequence_length}; make one fit the other"
+        f"{sequence_length}{' by default' * is_default}; make one fit the other"
     )
 
 
