@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from bigtrain import run_commands
+from bigtrain.arguments.values import did_you_mean
 from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
@@ -36,6 +37,7 @@ app = typer.Typer(
     help="Train Hugging Face models on one process or many: a run file in, a model out.",
     epilog="bigtrain COMMAND --help shows each command's flags and examples.",
     no_args_is_help=True,
+    suggest_commands=False,  # `main` names the nearest alone
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -52,10 +54,26 @@ ScriptArgs = Annotated[
 Engine = Annotated[
     str | None, typer.Option("--engine", metavar="NAME", help=f"The engine: {_ENGINES}.")
 ]
-Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", help="Machines. Default: 1.")]
+
+
+def _whole(text: str) -> int:
+    if not text.strip().lstrip("+-").isdecimal():
+        raise typer.BadParameter(f"{text!r} is not a whole number")
+    return int(text)
+
+
+Nodes = Annotated[
+    int | None,
+    typer.Option("--nodes", metavar="N", parser=_whole, help="Machines. Default: 1."),
+]
 ProcsPerNode = Annotated[
     int | None,
-    typer.Option("--procs-per-node", metavar="N", help="Processes. Default: one per GPU, else 1."),
+    typer.Option(
+        "--procs-per-node",
+        metavar="N",
+        parser=_whole,
+        help="Processes. Default: one per GPU, else 1.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -97,7 +115,7 @@ def main() -> NoReturn:
     try:
         sys.exit(app(prog_name="bigtrain"))
     except SystemExit as end:
-        if end.code == _WRONG_USE and (hint := _script_arguments_hint(sys.argv[1:])):
+        if end.code == _WRONG_USE and (hint := _hint(sys.argv[1:])):
             typer.echo(hint, err=True)
         raise
     except KeyboardInterrupt:  # before the command began
@@ -105,6 +123,15 @@ def main() -> NoReturn:
     except BigtrainError as error:
         typer.echo(error_text(error), err=True)
         sys.exit(error.exit_code)
+
+
+def _hint(words: list[str]) -> str | None:
+    """What was probably meant by a command line that can't be understood."""
+    commands = app.registered_commands
+    names = [each.callback.__name__ for each in commands if each.callback is not None]
+    if words and words[0][0:1] != "-" and words[0] not in names:
+        return did_you_mean(words[0], names).removeprefix("; ").capitalize() or None
+    return _script_arguments_hint(words)
 
 
 def _script_arguments_hint(words: list[str]) -> str | None:
@@ -163,7 +190,9 @@ def launch(
     ] = None,
     max_restarts: Annotated[
         int | None,
-        typer.Option("--max-restarts", metavar="N", help="Starts anew after a failure."),
+        typer.Option(
+            "--max-restarts", metavar="N", parser=_whole, help="Starts anew after a failure."
+        ),
     ] = None,
     on_save_failure: Annotated[
         str | None,
