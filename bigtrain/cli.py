@@ -10,19 +10,18 @@ import gc
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from bigtrain import run_commands
+from bigtrain.arguments.values import did_you_mean
 from bigtrain.checkpoint import consolidate_command, inspect_command
 from bigtrain.cluster_flags import ClusterFlags, with_cluster_flags
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.printable import printable
-from bigtrain.secrecy import masked
+from bigtrain.faults import error_text, faults_told
 
 if TYPE_CHECKING:
     from bigtrain.layers import Override
@@ -38,6 +37,7 @@ app = typer.Typer(
     help="Train Hugging Face models on one process or many: a run file in, a model out.",
     epilog="bigtrain COMMAND --help shows each command's flags and examples.",
     no_args_is_help=True,
+    suggest_commands=False,  # `main` names the nearest alone
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -54,10 +54,26 @@ ScriptArgs = Annotated[
 Engine = Annotated[
     str | None, typer.Option("--engine", metavar="NAME", help=f"The engine: {_ENGINES}.")
 ]
-Nodes = Annotated[int | None, typer.Option("--nodes", metavar="N", help="Machines. Default: 1.")]
+
+
+def _whole(text: str) -> int:
+    if not text.strip().lstrip("+-").isdecimal():
+        raise typer.BadParameter(f"{text!r} is not a whole number")
+    return int(text)
+
+
+Nodes = Annotated[
+    int | None,
+    typer.Option("--nodes", metavar="N", parser=_whole, help="Machines. Default: 1."),
+]
 ProcsPerNode = Annotated[
     int | None,
-    typer.Option("--procs-per-node", metavar="N", help="Processes. Default: one per GPU, else 1."),
+    typer.Option(
+        "--procs-per-node",
+        metavar="N",
+        parser=_whole,
+        help="Processes. Default: one per GPU, else 1.",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
@@ -99,7 +115,7 @@ def main() -> NoReturn:
     try:
         sys.exit(app(prog_name="bigtrain"))
     except SystemExit as end:
-        if end.code == _WRONG_USE and (hint := _script_arguments_hint(sys.argv[1:])):
+        if end.code == _WRONG_USE and (hint := _hint(sys.argv[1:])):
             typer.echo(hint, err=True)
         raise
     except KeyboardInterrupt:  # before the command began
@@ -107,6 +123,15 @@ def main() -> NoReturn:
     except BigtrainError as error:
         typer.echo(error_text(error), err=True)
         sys.exit(error.exit_code)
+
+
+def _hint(words: list[str]) -> str | None:
+    """What was probably meant by a command line that can't be understood."""
+    commands = app.registered_commands
+    names = [each.callback.__name__ for each in commands if each.callback is not None]
+    if words and words[0][0:1] != "-" and words[0] not in names:
+        return did_you_mean(words[0], names).removeprefix("; ").capitalize() or None
+    return _script_arguments_hint(words)
 
 
 def _script_arguments_hint(words: list[str]) -> str | None:
@@ -118,23 +143,6 @@ def _script_arguments_hint(words: list[str]) -> str | None:
         "A script's own arguments come after bigtrain's and --, as in: "
         f"bigtrain {words[0]} {shlex.quote(words[script])} --procs-per-node 2 -- --lr 1e-4"
     )
-
-
-def error_text(error: BigtrainError) -> str:
-    """`error: what`, or a list where there are several faults, each on one line.
-
-    What has no list of faults may have lines of its own.
-    """
-    if not isinstance(error, ConfigError):
-        return "\n".join(map(_shown, f"error: {error}".split("\n")))
-    faults = list(map(_shown, error.faults))
-    if len(faults) == 1:
-        return f"error: {faults[0]}"
-    return "\n".join((f"error: {len(faults)} faults", *(f"  {fault}" for fault in faults)))
-
-
-def _shown(line: str) -> str:
-    return masked(printable(line))
 
 
 def _print_version(asked: bool) -> None:
@@ -182,7 +190,9 @@ def launch(
     ] = None,
     max_restarts: Annotated[
         int | None,
-        typer.Option("--max-restarts", metavar="N", help="Starts anew after a failure."),
+        typer.Option(
+            "--max-restarts", metavar="N", parser=_whole, help="Starts anew after a failure."
+        ),
     ] = None,
     on_save_failure: Annotated[
         str | None,
@@ -229,7 +239,7 @@ def launch(
         "training.on_save_failure": ("--on-save-failure", on_save_failure),
         "training.deepspeed": ("--deepspeed", deepspeed),
     }
-    with _faults_told(as_json=as_json):
+    with faults_told(as_json=as_json):
         from bigtrain.launch_command import Launch, run
         from bigtrain.planning import Request
         from bigtrain.planning.forecast import read_bytes
@@ -304,7 +314,7 @@ def plan(
         "output_dir": ("--output-dir", output_dir),
         "training.deepspeed": ("--deepspeed", deepspeed),
     }
-    with _faults_told(as_json=as_json):
+    with faults_told(as_json=as_json):
         question = plan_command.Question(
             target=target,
             script_args=tuple(script_args or ()),
@@ -322,20 +332,6 @@ def plan(
 app.command(epilog=consolidate_command.EXAMPLES)(consolidate_command.consolidate)
 app.command(epilog=inspect_command.EXAMPLES)(inspect_command.inspect)
 run_commands.register(app)
-
-
-@contextmanager
-def _faults_told(*, as_json: bool) -> Iterator[None]:
-    """With `--json` a fault is a line of JSON on stdout, as everything else is then."""
-    try:
-        yield
-    except BigtrainError as error:
-        if not as_json:
-            raise
-        from bigtrain.console import open_console
-
-        open_console(as_json=True).fail(error_text(error))
-        raise typer.Exit(error.exit_code) from None
 
 
 def _overrides(

@@ -40,7 +40,8 @@ from bigtrain.plan_command import forecast_there, plan_as_json
 from bigtrain.plan_report import report
 from bigtrain.planning import Request, Surroundings, make_plan
 from bigtrain.planning.device_memory import DeviceMemory, rank_memory
-from bigtrain.planning.output_dir import check_not_in_use, plan_path
+from bigtrain.planning.output_dir import begun_anew, check_not_in_use, plan_path
+from bigtrain.planning.writable import check_cache
 from bigtrain.sections import ClusterSection
 from bigtrain.slurm import identity, time_limit
 from bigtrain.slurm.progress import Progress
@@ -126,6 +127,7 @@ def run(launch: Launch) -> int:
 
 def _here(launch: Launch) -> int:
     made = _resumed(launch.plan(*launch.nodes()), launch.environment)
+    check_cache(made)
     if launch.dry_run:
         return _show(made, [*local.describe(made), *_on_each_node(made, launch)], launch)
     path = plan_path(made)
@@ -260,8 +262,10 @@ def _take_seat(launch: Launch, seat: Seat, number: Override, *, of_job: bool) ->
 
 def _resumed(plan: RunPlan, environment: Mapping[str, str]) -> RunPlan:
     """The plan of a job's new start: it goes on from where the one before has saved."""
-    is_again = identity.restart_count(environment) > 0
-    return dataclasses.replace(plan, resume="auto") if is_again else plan
+    if identity.restart_count(environment) == 0:
+        return plan
+    since = begun_anew(Path(plan.output_dir), resume="auto")
+    return dataclasses.replace(plan, resume="auto", begun_anew=since)
 
 
 def _limit_of_job(environment: Mapping[str, str]) -> Callable[[], TimeLimit | None] | None:

@@ -58,6 +58,9 @@ class RunPlan:
     run_id: str = ""
     """Borne by this run's checkpoints, and the same in all attempts that go on with the run. Ranks
     that derive their plan themselves take rank 0's."""
+    begun_anew: str = ""
+    """When the run last began anew (`--resume never`), as ISO 8601: older checkpoints of the
+    directory are not its own. Empty: it never has."""
     resume: str = "auto"
     """`auto`, `never`, the absolute path of a checkpoint, or `script`: as the script says."""
     environment: Mapping[str, str] = field(default_factory=dict)

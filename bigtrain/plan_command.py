@@ -21,6 +21,7 @@ from bigtrain.planning import Request, Surroundings, compare_engines, make_plan,
 from bigtrain.planning.device_memory import DeviceMemory, rank_memory
 from bigtrain.planning.engine_choice import Candidate
 from bigtrain.planning.forecast import Forecast, forecast, model_of, read_bytes
+from bigtrain.planning.output_dir import unwritable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ def show(question: Question, *, as_json: bool) -> str:
     plan = make_plan(question.request(), question.surroundings())
     found = _forecast(plan, question) if plan.kind == "run_file" else None
     missing = missing_of(question.request(), question.surroundings())
+    missing += filter(None, [unwritable(plan)])
     refused = [*nvme.refusals(plan), *_refused_model(found)]
     if as_json:
         beside = {"missing": missing, "refused": refused}

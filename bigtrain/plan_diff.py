@@ -17,7 +17,16 @@ _SHOWN_BESIDE = frozenset({"forecast", "commands", "script", "missing", "refused
 """What `--json` shows beside the plan itself."""
 # About this attempt and this machine, not about what is trained.
 _NOT_COMPARED = frozenset(
-    {"fates", "origins", "attempt", "run_id", "start_reason", "working_dir", "preload"}
+    {
+        "fates",
+        "origins",
+        "attempt",
+        "run_id",
+        "begun_anew",
+        "start_reason",
+        "working_dir",
+        "preload",
+    }
 )
 
 

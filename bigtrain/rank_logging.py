@@ -32,6 +32,14 @@ class _Dated(logging.Formatter):
         return stamp(record.created)
 
 
+class _Spoken(logging.Formatter):
+    """As the console says it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
 def set_up(world: RankInfo, *, has_agent: bool) -> None:
     """Lay the way of bigtrain's records, once per process; other handlers stay as they are."""
     logger = logging.getLogger("bigtrain")
@@ -49,6 +57,23 @@ def set_up(world: RankInfo, *, has_agent: bool) -> None:
     else:
         for name in _QUIET:
             logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def set_up_for_script(world: RankInfo) -> None:
+    """The same under an agent for a script's `Trainer`: bigtrain's records reach the rank's log and
+    the agent. What the script itself has said of logging counts, and nothing else is touched."""
+    logger = logging.getLogger("bigtrain")
+    if any(getattr(handler, "is_bigtrain", False) for handler in logger.handlers):
+        return
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+    if not logger.hasHandlers():
+        handler = _stream_handler(world, level=logging.INFO, has_agent=True)
+        if world.is_main:  # whose log is what a script's user sees
+            handler.setFormatter(_Spoken())
+        _add(logger, handler)
+    if not world.is_main:
+        _add(logger, EventHandler(is_main=False))
 
 
 def keep(path: Path) -> None:

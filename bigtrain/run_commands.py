@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from bigtrain.cluster.run_logs import Source
 
 from bigtrain.errors import ConfigError, LaunchError
+from bigtrain.faults import faults_told
 from bigtrain.paths import expand_home
 
 _POLL_S = 0.5
@@ -49,7 +50,8 @@ def jobs(
     """List your Slurm jobs: state, last step, where they run."""
     from bigtrain.slurm.jobs import list_jobs
 
-    found = list_jobs(environment=os.environ, ended=ended)
+    with faults_told(as_json=as_json):
+        found = list_jobs(environment=os.environ, ended=ended)
     if as_json:
         typer.echo(json.dumps([dataclasses.asdict(job) for job in found], indent=2))
         return
@@ -89,7 +91,12 @@ def logs(
         str | None, typer.Option("--grep", metavar="PATTERN", help="Lines that match.")
     ] = None,
     since: Annotated[
-        str | None, typer.Option("--since", metavar="10m|TIME", help="Lines from then on.")
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="10m|TIME",
+            help="Lines from then on: 10m, 2h, 1d, or a time as 2026-01-31T12:00.",
+        ),
     ] = None,
     attempt: Annotated[
         int | None, typer.Option("--attempt", metavar="N", help="Default: the newest.")
@@ -110,6 +117,8 @@ def logs(
     except re.error as error:
         raise ConfigError(f"flag --grep: {grep!r} is no regular expression: {error}") from None
     place = _output_dir(run)
+    if not (place / "logs").is_dir() and (found := _attempt_of_script(place)):
+        place, attempt = found[0], found[1] if attempt is None else attempt
     lines = _lines(place, attempt, ranks=rank or [], nodes=node or [], start=start, follow=follow)
     try:
         for _, label, text in lines:
@@ -126,19 +135,56 @@ def _output_dir(run: str) -> Path:
             return place
     if Path(run).suffix in (".yaml", ".yml") and Path(run).is_file():
         return _output_dir_of_file(Path(run))
+    if Path(run).suffix == ".py" and Path(run).is_file():
+        return Path("runs") / Path(run).stem
+    if Path(run).is_dir() and _attempt_of_script(Path(run)):
+        return Path(run)
     from bigtrain.slurm.jobs import find_jobs
 
     try:
         found = find_jobs(run, environment=os.environ)[0].runs  # the newest
     except LaunchError:
         raise ConfigError(
-            f"{run} is neither a run file, nor a run's output directory (it has no logs), nor a "
-            "name below runs/, nor a job or run that bigtrain submitted"
+            f"{run} is neither a run file, nor a script, nor a run's output directory (it has no "
+            "logs), nor a name below runs/, nor a job or run that bigtrain submitted; a script's "
+            "logs are in the --output-dir of its launch, else in runs/ under its name"
         ) from None
     if len(found) > 1:
         named = ", ".join(f"{run.job_id} ({run.name})" for run in found)
         raise ConfigError(f"{run} is a sweep; say which of its runs: {named}")
     return Path(found[0].output_dir)
+
+
+def _attempt_of_script(directory: Path) -> tuple[Path, int] | None:
+    """Where below runs/ the logs of a script are that itself writes to `directory`, as its
+    `--output_dir` says: the output directory of its launch, and the newest such attempt."""
+    from bigtrain.plan import read_plan
+
+    paths = sorted(Path("runs").glob("*/plans/attempt-*.json"), key=_changed, reverse=True)
+    for path in paths:
+        try:
+            plan = read_plan(path)
+        except ConfigError:
+            continue
+        own = _said_output_dir(plan.script_args)
+        if own is not None and os.path.realpath(Path(plan.working_dir, own)) == os.path.realpath(
+            directory
+        ):
+            return path.parents[1], plan.attempt
+    return None
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _said_output_dir(words: Sequence[str]) -> str | None:
+    """What a script's own arguments say of it, as argparse and HfArgumentParser take it."""
+    for position, word in enumerate(words):
+        name, is_joined, value = word.partition("=")
+        if name in ("--output_dir", "--output-dir"):
+            return value if is_joined else next(iter(words[position + 1 :]), None)
+    return None
 
 
 def _output_dir_of_file(path: Path) -> Path:
@@ -195,5 +241,21 @@ def _sources(
         raise ConfigError(f"{place} has no logs of that attempt; there are {there}")
     found = sources(chosen[-1], ranks=ranks, nodes=nodes) if chosen else []
     if not found and not follow:
-        raise ConfigError(f"{chosen[-1]} has no log of that rank or node")
+        raise ConfigError(f"{chosen[-1]} has no log of that rank or node; {_there(chosen[-1])}")
     return found
+
+
+def _there(attempt: Path) -> str:
+    """Whose logs there are: `there are ranks 0 to 7 on node1, node2`."""
+    from bigtrain.cluster.run_logs import sources
+
+    found = sources(attempt)
+    ranks = sorted({source.rank for source in found if source.rank is not None})
+    nodes = list(dict.fromkeys(source.node for source in found))
+    if not ranks:
+        return "there is none of any rank"
+    is_row = len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1
+    named = f"{ranks[0]} to {ranks[-1]}" if is_row else ", ".join(map(str, ranks))
+    count = "are ranks" if len(ranks) > 1 else "is rank"
+    more = " …" if len(nodes) > 8 else ""
+    return f"there {count} {named} on {', '.join(nodes[:8])}{more}"

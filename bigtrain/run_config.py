@@ -365,8 +365,13 @@ def _check_config(layers: Layers, model: ModelSection | None, data: DataSection 
     """Whether nothing is wrong in `model.config`, from which memory and buckets are computed."""
     if model is None or model.config is None:
         return True
-    length = data.sequence_length if data is not None else 0
-    faults = list(config_faults(model.config, sequence_length=length))
+    length, is_default = 0, False
+    if data is not None:
+        is_default = "sequence_length" not in data.model_fields_set
+        # Which a key that is misspelt may have been to say.
+        is_open = is_default and not set(layers.values["data"]) <= set(DataSection.model_fields)
+        length = 0 if is_open else data.sequence_length
+    faults = list(config_faults(model.config, sequence_length=length, is_default=is_default))
     for key, what in faults:
         layers.fault(("model", "config", key), what)
     return not faults

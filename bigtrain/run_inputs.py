@@ -80,7 +80,10 @@ def _config_faults(
         yield "model.name", f"{model.name} has {wanted}; it holds {_entries(folder)}"
     found = list(stored_faults(config, runs_code=model.trust_remote_code))
     yield from (("model.name", f"{model.name}: {why}") for why in found)
-    if data is not None and not found and (why := too_long(config, data.sequence_length)):
+    if data is None or found:
+        return
+    is_default = "sequence_length" not in data.model_fields_set
+    if why := too_long(config, data.sequence_length, is_default=is_default):
         yield "data.sequence_length", why
 
 

@@ -193,7 +193,8 @@ def _make_trainer(parts: _Parts, engine: Engine) -> Trainer:
 
 
 def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]:
-    """Train, export, evaluate. Returns the first and the last evaluation loss."""
+    """Train, export, evaluate. Returns the first and the last evaluation loss; the first is None
+    where there was one evaluation."""
     wants_evaluation = trainer.eval_dataset is not None and plan.training.get("do_eval", True)
     if _trains(plan):
         trainer.train()
@@ -205,7 +206,9 @@ def _train(trainer: Trainer, plan: RunPlan) -> tuple[float | None, float | None]
     if wants_evaluation:
         trainer.evaluate()
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    return (losses[0], losses[-1]) if losses else (None, None)
+    if not losses:
+        return None, None
+    return losses[0] if len(losses) > 1 else None, losses[-1]
 
 
 def _trains(plan: RunPlan) -> bool:
@@ -236,13 +239,12 @@ def _introduce(plan: RunPlan, args: TrainingArguments, data: PreparedData) -> No
 
 def _report(plan: RunPlan, parts: _Parts, losses: tuple[float | None, float | None]) -> None:
     first, last = losses
+    if last is not None:
+        before = "" if first is None else f"{first:.3f} → "
+        logger.info("evaluation loss %s%.3f", before, last)
     if not _trains(plan):
-        if last is not None:
-            logger.info("evaluation loss %.3f", last)
         return
     directory = Path(plan.output_dir)
-    if first is not None and last is not None:
-        logger.info("evaluation loss %.3f → %.3f", first, last)
     is_exported = parts.args.export != "never"
     if is_exported and parts.data.evaluation is not None and is_small(directory):
         rows = range(min(16, len(parts.data.evaluation)))

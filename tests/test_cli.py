@@ -69,7 +69,7 @@ def test_mistyped_commands_and_flags_are_answered_with_the_nearest(folder: Path)
     command, flag = _run(folder, "lanch"), _run(folder, "launch", "quick.yaml", "--engin", "fsdp")
 
     assert (command.returncode, flag.returncode) == (2, 2)
-    assert "No such command 'lanch'. Did you mean 'launch'" in command.stderr
+    assert "No such command 'lanch'.\nDid you mean 'launch'?\n" in command.stderr
     assert "No such option: --engin" in flag.stderr
     assert "--engine" in flag.stderr
 
@@ -132,6 +132,26 @@ def test_several_faults_are_a_list_with_their_origins(folder: Path) -> None:
         "  flag --start: cluster.start: 'slow' is not one of fork, fresh\n"
     )
     assert "abc" not in done.stderr
+
+
+def test_what_can_not_be_written_is_told_before_anything_starts(folder: Path) -> None:
+    refused = _run(folder, "launch", "quick.yaml", "--output-dir", "/proc/x", "--dry-run")
+    told = _run(folder, "plan", "quick.yaml", "--output-dir", "/proc/x")
+    cache = _run(folder, "launch", "quick.yaml", "--set", "data.cache_dir=/proc/x")
+
+    why = "output_dir: /proc/x: nothing can be made in /proc (No such file or directory)"
+    assert refused.stderr == f"error: flag --output-dir: {why}; give another --output-dir\n"
+    assert (told.returncode, why in told.stdout) == (0, True)
+    assert cache.stderr == (
+        "error: --set: data.cache_dir: /proc/x can't be used: nothing can be made in /proc "
+        "(No such file or directory); give a directory that you may write to\n"
+    )
+    assert [entry.name for entry in folder.iterdir()] == ["quick.yaml"]
+
+
+def test_a_flag_for_a_number_says_so(folder: Path) -> None:
+    done = _run(folder, "launch", "quick.yaml", "--max-restarts", "x")
+    assert "Invalid value for '--max-restarts': 'x' is not a whole number" in done.stderr
 
 
 def test_a_fault_of_a_script_s_flags_names_the_separator(folder: Path) -> None:
@@ -264,6 +284,6 @@ def test_an_output_directory_that_cannot_be_made_is_named(folder: Path) -> None:
 
     assert done.returncode != 0
     assert done.stderr == (
-        f"error: output_dir: {folder}/file/sub/plans can't be made: Not a directory; give another "
-        "--output-dir\n"
+        f"error: flag --output-dir: output_dir: {folder}/file/sub: {folder}/file is a file; give "
+        "another --output-dir\n"
     )

@@ -94,6 +94,7 @@ def test_the_plan_s_json_golden() -> None:
         "output_dir": "/runs/out",
         "attempt": 1,
         "run_id": "",
+        "begun_anew": "",
         "resume": "auto",
         "environment": {"TOKENIZERS_PARALLELISM": "false"},
         "start_method": "fork",

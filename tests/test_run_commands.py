@@ -14,8 +14,11 @@ from typer.testing import CliRunner
 from bigtrain.cli import app
 from bigtrain.errors import ConfigError
 from bigtrain.log_time import stamp
+from bigtrain.plan import RunPlan, write_plan
 from bigtrain.run_commands import _output_dir
 from bigtrain.slurm.record import SubmissionRecord, remember
+from bigtrain.topology import Topology
+from bigtrain.translate.config import EngineConfig, SingleSettings
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,61 @@ def test_a_local_run_is_found_by_its_name_its_directory_and_its_run_file(folder:
     for named in ("tiny", "runs/tiny", "tiny.yaml"):
         done = CliRunner().invoke(app, ["logs", named])
         assert done.output == "[node0:0] 2026-01-31 12:00:00,000 hello\n"
+
+
+def test_a_script_is_found_by_its_file_and_by_where_it_writes_itself(folder: Path) -> None:
+    _run(folder, "runs/mine")
+    (folder / "mine.py").touch()
+    for attempt, place in enumerate(("own/a", "own/b"), 1):
+        plan = RunPlan(
+            name="mine",
+            kind="script",
+            source=str(folder / "mine.py"),
+            script_args=("--lr", "1", "--output_dir", place),
+            working_dir=str(folder),
+            topology=Topology(),
+            device="cpu",
+            engine=EngineConfig(name="single", settings=SingleSettings()),
+            output_dir=str(folder / "runs/mine"),
+            attempt=attempt,
+        )
+        write_plan(plan, folder / f"runs/mine/plans/attempt-{attempt:02d}.json")
+        (folder / place).mkdir(parents=True)
+    for named in ("mine.py", "own/a"):
+        done = CliRunner().invoke(app, ["logs", named])
+        assert done.output == "[node0:0] 2026-01-31 12:00:00,000 hello\n"
+    newer = CliRunner().invoke(app, ["logs", "own/b"]).exception
+    assert str(newer) == "runs/mine has no logs of that attempt; there are attempt-01"
+
+
+def test_a_rank_without_a_log_is_told_which_have_one(folder: Path) -> None:
+    _run(folder, "runs/tiny")
+    error = CliRunner().invoke(app, ["logs", "tiny", "--rank", "9"]).exception
+    assert str(error).endswith("has no log of that rank or node; there is rank 0 on node0")
+
+
+@pytest.mark.parametrize("command", [["jobs"], ["inspect", "nowhere"], ["consolidate", "a", "b"]])
+def test_every_command_with_json_tells_of_a_fault_there(
+    folder: Path, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(folder))
+    done = CliRunner().invoke(app, [*command, "--json"])
+    told = json.loads(done.stdout)
+    assert (told["kind"], told["text"][:7], done.stderr) == ("failure", "error: ", "")
+    assert done.exit_code in (4, 5)
+
+
+def test_slurm_without_a_cluster_is_one_message_with_what_to_do(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "squeue: fatal: Could not establish a configuration source"
+    (folder / "squeue").write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    (folder / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    assert str(CliRunner().invoke(app, ["jobs"]).exception) == (
+        "squeue finds no cluster from this machine (it has no slurm.conf, and DNS names no "
+        "controller); run this on a login node of the cluster, or set SLURM_CONF to its slurm.conf"
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,7 +146,7 @@ def test_a_sweep_is_asked_which_of_its_runs_is_meant(folder: Path) -> None:
 
 
 def test_what_is_no_run_is_refused_with_all_that_was_looked_for() -> None:
-    with pytest.raises(ConfigError, match="nothing is neither a run file, nor a run's output"):
+    with pytest.raises(ConfigError, match="nothing is neither a run file, nor a script, nor"):
         _output_dir("nothing")
 
 

@@ -243,6 +243,19 @@ def test_what_contradicts_itself_is_refused(load: Load, text: str, faults: list[
     assert _faults(load, text) == faults
 
 
+def test_a_length_that_nobody_said_is_called_the_default_or_not_spoken_of(load: Load) -> None:
+    model = "model: {config: {model_type: llama, max_position_embeddings: 128}}\n"
+    model += "tokenizer: {kind: bytes}\n"
+    assert _faults(load, model + "data: {name: org/data}\n") == [
+        "quick.yaml:1: model.config.max_position_embeddings: the model has 128 positions "
+        "(max_position_embeddings), but data.sequence_length is 1024 by default; make one fit the "
+        "other"
+    ]
+    assert _faults(load, model + "data: {name: org/data, sequence_lenght: 64}\n") == [
+        "quick.yaml:3: data.sequence_lenght: unknown key; did you mean 'sequence_length'?"
+    ]
+
+
 @pytest.mark.parametrize("text", ["engine", "=x", "engine..name=x", ".=x"])
 def test_an_assignment_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as raised:

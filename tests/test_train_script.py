@@ -71,7 +71,7 @@ def test_a_scripts_run_goes_on_as_the_launcher_is_told(tmp_path: Path, make_tiny
         "print('began at', trainer._initial_global_step)\n"
     )
 
-    def first_step(*flags: str) -> str:
+    def launch(*flags: str) -> str:
         done = subprocess.run(
             [str(BIN / "bigtrain"), "launch", "script.py", *flags],
             cwd=tmp_path,
@@ -81,10 +81,16 @@ def test_a_scripts_run_goes_on_as_the_launcher_is_told(tmp_path: Path, make_tiny
             check=False,
         )
         assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-        return done.stdout.rpartition("began at ")[2].strip()
+        return done.stdout
 
-    assert first_step() == "0"
-    assert first_step() == "0", "the script asked for nothing"
+    def first_step(*flags: str) -> str:
+        return launch(*flags).rpartition("began at ")[2].strip()
+
+    assert launch().count("training 4 steps") == 1
+    again = launch()
+    assert again.endswith("began at 0\n"), "the script asked for nothing"
+    assert again.count("warning: out holds 2 checkpoints of an earlier run (to step 4)") == 1
+    assert launch("--resume", "auto").count("going on from out/checkpoint-4") == 1
     assert first_step("--resume", "auto") == "4", "all is done"
     assert not (tmp_path / "out" / "checkpoint-5").exists()
     assert first_step("--resume", "out/checkpoint-2") == "2"

@@ -123,7 +123,10 @@ def test_a_run_ends_with_a_model_that_transformers_loads(run_file: Path) -> None
 
 def test_a_run_that_exports_never_ends_with_its_checkpoints_alone(run_file: Path) -> None:
     words = ("--set", "training.export=never", "--engine", "single")
-    run(ALONE, run_file, *words)
+    once = ("--set", "training.eval_strategy=no", "--set", "training.eval_on_start=false")
+    done = run(ALONE, run_file, *words, *once)
+    assert "evaluation loss" in done.stderr + done.stdout
+    assert "→" not in done.stderr + done.stdout, "there was one evaluation"
     out = run_file.parent / "out"
     assert (out / "checkpoint-6").is_dir()
     assert not list(out.glob("*.safetensors*")) + list(out.glob("config.json"))

@@ -59,7 +59,7 @@ class ConfigClass:
 
 
 def config_faults(
-    config: Mapping[str, Any], *, sequence_length: int = 0
+    config: Mapping[str, Any], *, sequence_length: int = 0, is_default: bool = False
 ) -> Iterator[tuple[str, str]]:
     """(key of `model.config`, what is wrong and the fix); nothing for a class that isn't known."""
     model_type = str(config.get("model_type"))
@@ -81,7 +81,7 @@ def config_faults(
         yield from _indivisible(config, whole, kind)
         if why := too_deep(config):
             yield _said_as(_LAYERS, config, kind), why
-        if why := too_long(config, sequence_length):
+        if why := too_long(config, sequence_length, is_default=is_default):
             yield _said_as(_POSITIONS, config, kind), why
 
 
@@ -115,14 +115,15 @@ def stored_faults(config: Mapping[str, Any], *, runs_code: bool) -> Iterator[str
             yield f"config.json: {_said_as(_LAYERS, config, kind)}: {why}"
 
 
-def too_long(config: Mapping[str, Any], sequence_length: int) -> str:
-    """What is wrong where sequences are longer than the model has positions; else empty."""
+def too_long(config: Mapping[str, Any], sequence_length: int, *, is_default: bool = False) -> str:
+    """What is wrong where sequences are longer than the model has positions; else empty.
+    `is_default`: nobody has said how long they are."""
     positions = _of_text(config).get(_POSITIONS)
     if not isinstance(positions, int) or positions >= sequence_length:
         return ""
     return (
         f"the model has {positions} positions ({_POSITIONS}), but data.sequence_length is "
-        f"{sequence_length}; make one fit the other"
+        f"{sequence_length}{' by default' * is_default}; make one fit the other"
     )
 
 

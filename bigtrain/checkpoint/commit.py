@@ -53,7 +53,7 @@ def write_share(share: Share, destination: Destination) -> Written:
             "directory must be on storage that all nodes share, and only one attempt of a run may "
             "write to it"
         )
-    with stagings.naming_full_disk(destination.target.parent, needed=destination.needed):
+    with stagings.naming_failed_write(destination.target, needed=destination.needed):
         if share.layout == "sharded":
             write_sharded(share, written)
         elif share.is_head:
@@ -71,7 +71,7 @@ def write_share(share: Share, destination: Destination) -> Written:
 def commit(written: Written, destination: Destination) -> None:
     """Complete the staging with what only rank 0 can write, manifest last, and rename it."""
     staging, root = destination.staging, destination.root
-    with stagings.naming_full_disk(destination.target.parent, needed=destination.needed):
+    with stagings.naming_failed_write(destination.target, needed=destination.needed):
         others, hashes = _read_parts(staging, root.world_size)
         if root.layout == "sharded":
             write_metadata([written.part(), *others], written)
@@ -95,7 +95,7 @@ def commit_on_node(destination: Destination, contents: Mapping[str, bytes]) -> N
     node's head calls, once all ranks have written."""
     staging, root = destination.staging, destination.root
     own = own_ranks(root)
-    with stagings.naming_full_disk(destination.target.parent, needed=destination.needed):
+    with stagings.naming_failed_write(destination.target, needed=destination.needed):
         parts = [Part.from_bytes(contents[name]) for name in sorted(contents)]
         for part in parts:
             if part.rank not in own:

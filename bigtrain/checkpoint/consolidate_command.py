@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.errors import ConfigError
+from bigtrain.faults import faults_told
 
 if TYPE_CHECKING:
     from bigtrain.checkpoint.consolidate import Moved
@@ -157,10 +158,11 @@ def _sigterm_heard() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _faults_told(output: Path, *, as_json: bool) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end in how to go on; with `--json` a fault is a line of JSON on stdout."""
+    """Faults as everywhere; Ctrl-C and SIGTERM end in how to go on."""
     was_whole = _holds_something(output)
     try:
-        yield
+        with faults_told(as_json=as_json):
+            yield
     except KeyboardInterrupt as signalled:
         from bigtrain.checkpoint.consolidate import partial_of
 
@@ -172,11 +174,6 @@ def _faults_told(output: Path, *, as_json: bool) -> Iterator[None]:
         typer.echo(f"interrupted{how}", err=True)
         code = TERMINATED if isinstance(signalled, _Terminated) else INTERRUPTED
         raise typer.Exit(code) from None
-    except BigtrainError as error:
-        if not as_json:
-            raise
-        typer.echo(json.dumps({"kind": "failure", "text": str(error)}))
-        raise typer.Exit(error.exit_code) from None
 
 
 def _holds_something(directory: Path) -> bool:

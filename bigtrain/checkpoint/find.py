@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from bigtrain.checkpoint.manifest import MANIFEST, PARTS, Manifest, read_manifest
-from bigtrain.checkpoint.staging import committed, newest_first
+from bigtrain.checkpoint.staging import committed, committed_at, newest_first
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
 
@@ -51,19 +51,13 @@ def find_checkpoint(
         if run_id is not None and verified.manifest.run_id != run_id:
             passed_over.append((path, f"belongs to another run ({verified.manifest.run_id})"))
             continue
-        if since is not None and _committed_at(path, verified.manifest) < since:
+        if since is not None and committed_at(path, verified.manifest) < since:
             continue
         if resumable and verified.manifest.param_groups is None:
             passed_over.append((path, "holds a model only (save_only_model)"))
             continue
         return Found(path=path, manifest=verified.manifest, passed_over=tuple(passed_over))
     return Found(path=None, passed_over=tuple(passed_over))
-
-
-def _committed_at(path: Path, manifest: Manifest) -> datetime:
-    """By the clock of who wrote it or of who keeps the files, whichever is later."""
-    kept = (path / MANIFEST).stat().st_mtime
-    return max(datetime.fromisoformat(manifest.created), datetime.fromtimestamp(kept, tz=UTC))
 
 
 def lost_manifest(path: Path) -> bool:

@@ -34,6 +34,7 @@ from bigtrain.checkpoint.witness import RecordSource, no_records
 from bigtrain.errors import CheckpointError
 
 _MODEL_DCP = ("pytorch_model_fsdp_0", "pytorch_model_0")
+_MODEL_OF_FSDP = "pytorch_model_fsdp.bin"
 _OPTIMIZER_DCP = ("optimizer_0",)
 _OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin")
 _SCHEDULER_FILES = ("scheduler.pt", "scheduler.bin")
@@ -174,12 +175,18 @@ def _read_files(path: Path, names: Names | None) -> ForeignCheckpoint:
     plain = set(safetensors)
     return ForeignCheckpoint(
         path=path,
-        engine="one process" if world_size == 1 else "DDP",
+        engine=_engine_of_files(path, world_size),
         world_size=world_size,
         index=index,
         progress=_progress(path),
         find_record=lambda file, offset: None if file in plain else zips(file, offset),
     )
+
+
+def _engine_of_files(path: Path, world_size: int) -> str:
+    if (path / _MODEL_OF_FSDP).is_file():
+        return "FSDP (full state dict)"
+    return "one process" if world_size == 1 else "DDP"
 
 
 def _progress(path: Path, *, step: int | None = None) -> Progress:

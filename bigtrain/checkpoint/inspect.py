@@ -109,8 +109,9 @@ def inspect_checkpoint(path: Path) -> Inspection:
     if foreign.is_foreign(path):
         return _foreign(path)
     source = open_source(path)
-    if source.is_own:
-        return replace(inspect_checkpoint(source.path), passed_over=source.passed_over)
+    step = source.path if source.is_own else _step_of_others(path, source.path)
+    if step is not None:
+        return replace(inspect_checkpoint(step), passed_over=source.passed_over)
     return Inspection(
         path=source.path,
         engine=source.kind,
@@ -123,6 +124,13 @@ def inspect_checkpoint(path: Path) -> Inspection:
         find_record=source.find_record,
         passed_over=source.passed_over,
     )
+
+
+def _step_of_others(directory: Path, found: Path) -> Path | None:
+    """What below `directory` holds `found` and the optimizer's state of its step."""
+    below = [found, *found.parents]
+    inside = below[: below.index(directory)] if directory in below else []
+    return next((path for path in reversed(inside) if foreign.is_foreign(path)), None)
 
 
 def verify(found: Inspection) -> Iterator[Fault]:
@@ -192,7 +200,7 @@ def as_values(found: Inspection) -> dict[str, Any]:
         "world_size": found.world_size,
         "step": found.step,
         "epoch": found.epoch,
-        "samples_seen": found.progress.samples_seen,
+        "samples_seen": found.progress.samples_seen if found.manifest else None,
         "created": found.created,
         "committed": found.is_committed,
         "passed_over": [{"path": str(path), "why": why} for path, why in found.passed_over],

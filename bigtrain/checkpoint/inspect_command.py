@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bigtrain.faults import faults_told
 from bigtrain.printable import printable
 
 if TYPE_CHECKING:
@@ -44,14 +45,15 @@ def inspect(
 
     Leaves with 1 where --verify finds a fault or --diff a difference.
     """
-    code = run(
-        checkpoint,
-        check=verify,
-        other=diff,
-        all_tensors=tensors,
-        as_json=as_json,
-        say=lambda line: typer.echo(printable(line)),
-    )
+    with faults_told(as_json=as_json):
+        code = run(
+            checkpoint,
+            check=verify,
+            other=diff,
+            all_tensors=tensors,
+            as_json=as_json,
+            say=lambda line: typer.echo(printable(line)),
+        )
     raise typer.Exit(code)
 
 
@@ -119,15 +121,20 @@ def _say_findings(
             whole = "no fault was found"
             if found.find_record is no_records:
                 whole = "no checksums are stored; every element is there once"
-        say(f"  verified     {whole}" if not faults else f"  verified     {len(faults)} faults:")
+        count = f"{len(faults)} fault{'s' * (len(faults) > 1)}:"
+        say(f"  verified     {count if faults else whole}")
         for fault in faults:
             say(f"    {fault['message']}")
             for line in _listed(fault["tensors"]):
                 say(f"      holds {line}")
     if differing is not None:
-        say(f"  against      {other}: {len(differing)} tensors differ")
+        say(f"  against      {other}: {_tensors(len(differing))}")
         for each in differing:
             say(f"    {each['name']} ({each['kind']}): {_how(each)}")
+
+
+def _tensors(count: int) -> str:
+    return "1 tensor differs" if count == 1 else f"{count} tensors differ"
 
 
 def _listed(tensors: list[str], most: int = 8) -> Iterable[str]:

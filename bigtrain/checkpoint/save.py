@@ -279,7 +279,7 @@ class Saver:
         is_head = self._world.is_local_main if destination.root.nodes else self._world.is_main
         if not is_head:
             return ()
-        with stagings.naming_full_disk(request.target.parent, needed=destination.needed):
+        with stagings.naming_failed_write(request.target, needed=destination.needed):
             request.write_files(destination.staging)
         return files_in(destination.staging)
 
@@ -292,7 +292,11 @@ class Saver:
                 self._writer = BackgroundWriter()
             return self._writer.copy(snapshot, destination)
         except (CheckpointError, OSError, RuntimeError, MemoryError) as fault:
-            logger.warning("saving while training waits: %s", fault)
+            why: object = fault
+            if isinstance(fault, OSError):
+                name = destination.target.name
+                why = f"no memory file could be made to save {name} from: {fault.strerror or fault}"
+            logger.warning("saving while training waits: %s", why)
             return None
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import xxhash
 
-from bigtrain.checkpoint.manifest import MANIFEST, read_manifest
+from bigtrain.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from bigtrain.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,16 @@ _LEFTOVER = re.compile(
     r"^(?P<target>.+)\.(?P<role>tmp|old|gone)-(?P<run>[0-9a-f]{16})-[0-9a-f]{32}$"
 )
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_HELP = {
+    errno.EFBIG: "no file may be so large here: raise the limit that ulimit -f shows, or take a "
+    "file system without one",
+    errno.EDQUOT: "your quota there is used up: free some, lower save_total_limit, or give another "
+    "--output-dir",
+    errno.EROFS: "give another --output-dir",
+    errno.EACCES: "give an --output-dir that you may write to",
+    errno.EIO: "the disk or its server is at fault",
+}
+"""What helps against a cause other than a full disk."""
 
 
 def new_staging(target: Path, *, run_id: str) -> Path:
@@ -122,6 +132,12 @@ def newest_first(output_dir: Path) -> list[Path]:
     return [path for _, _, path in sorted(ranked, reverse=True)]
 
 
+def committed_at(path: Path, manifest: Manifest) -> datetime:
+    """By the clock of who wrote it or of who keeps the files, whichever is later."""
+    kept = (path / MANIFEST).stat().st_mtime
+    return max(datetime.fromisoformat(manifest.created), datetime.fromtimestamp(kept, tz=UTC))
+
+
 def time_of_commit(output_dir: Path) -> str:
     """Now; but after every other checkpoint there, also where this node's clock is behind that
     of the one that wrote them."""
@@ -199,22 +215,37 @@ def disk_full(directory: Path, *, needed: int, free: int) -> str:
 
 
 @contextmanager
-def naming_full_disk(directory: Path, *, needed: int) -> Iterator[None]:
-    """Turns a write that fails for want of space into an error that says so."""
+def naming_failed_write(target: Path, *, needed: int) -> Iterator[None]:
+    """Turns a write for the checkpoint `target` that the system refuses into an error that names
+    the checkpoint, the cause and what helps."""
+    directory = target.parent
     try:
         yield
     except CheckpointError:
         raise
     except Exception as fault:
+        number = _errno_of(fault)
+        if number in _HELP:
+            raise CheckpointError(
+                f"{target} could not be saved, which takes {readable_size(needed)}: "
+                f"{os.strerror(number)}; {_HELP[number]}. Earlier checkpoints are untouched"
+            ) from fault
         if is_out_of_space(fault, directory, needed=needed):
             free = free_bytes(directory)
             raise CheckpointError(disk_full(directory, needed=needed, free=free)) from fault
         raise
 
 
+def _errno_of(fault: Exception) -> int:
+    """The system's number for what failed; 0 where there is none."""
+    number = getattr(fault, "errno", None)
+    told = re.search(r"os error (\d+)", str(fault))  # as safetensors says it
+    return number if isinstance(number, int) else int(told[1]) if told else 0
+
+
 def is_out_of_space(fault: Exception, directory: Path, *, needed: int) -> bool:
     """Whether a write of `needed` bytes into the directory failed for want of space."""
-    if getattr(fault, "errno", None) in _NO_SPACE or "os error 28" in str(fault):
+    if _errno_of(fault) in _NO_SPACE:
         return True
     # Libraries hide the cause (safetensors, torch.save): then the space left tells.
     return free_bytes(directory) < min(needed, 1 << 20)

@@ -1,14 +1,17 @@
 """Lets accelerate run ZeRO and FSDP2 without a GPU, in scripts that choose them by environment.
 
 Its `PartialState` takes those engines only where it has found a GPU; on a CPU it silently trains
-without them (accelerate/state.py, `_prepare_backend`). Everything after that choice works over
-gloo. The patch is made when a script imports the module, so that the script's imports stay its own.
+without them (accelerate/state.py, `_prepare_backend`), and so it does wherever a script asks for
+the CPU (`--use_cpu`, `Accelerator(cpu=True)`). Everything after that choice works over gloo. The
+patch is made when a script imports the module, so that the script's imports stay its own.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.abc
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec
@@ -44,6 +47,22 @@ def _patch_state(module: Any, *, uses_fsdp: bool) -> None:
         return "gloo", kind
 
     module.PartialState._prepare_backend = prepare
+    for state in (module.PartialState, module.AcceleratorState):
+        state.__init__ = _deaf_to_cpu(state.__init__)
+
+
+def _deaf_to_cpu(init: Callable[..., None]) -> Callable[..., None]:
+    """`init` as though nobody had asked for the CPU: the environment has chosen it already, and a
+    state that is told so starts no process group and forgets the engine."""
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def initialize(*args: Any, **kwargs: Any) -> None:
+        said = signature.bind(*args, **kwargs)
+        said.arguments["cpu"] = False
+        init(*said.args, **said.kwargs)
+
+    return initialize
 
 
 def _patch_arguments(module: Any) -> None:

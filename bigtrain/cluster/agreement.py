@@ -21,7 +21,9 @@ from bigtrain.plan import RunPlan
 
 _PACKAGES = ("bigtrain", "torch", "transformers", "accelerate", "deepspeed", "datasets", "numpy")
 # Differ between nodes by right, or are decided when the nodes have met.
-_FREE_FIELDS = frozenset({"attempt", "run_id", "resume", "origins", "threads_per_rank"})
+_FREE_FIELDS = frozenset(
+    {"attempt", "run_id", "begun_anew", "resume", "origins", "threads_per_rank"}
+)
 _CLOCKS_WITHIN_S = 5.0
 _MOST_NODES = 16
 """Beyond these, a table only counts."""

@@ -16,7 +16,7 @@ from typing import Any
 from bigtrain.errors import LaunchError
 from bigtrain.plan import RunPlan, read_plan, write_plan
 
-_DECIDED = ("attempt", "run_id", "resume")
+_DECIDED = ("attempt", "run_id", "begun_anew", "resume")
 """Fields of the plan that are not the same in every attempt."""
 
 

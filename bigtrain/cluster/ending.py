@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from bigtrain.checkpoint.staging import newest_first
+from bigtrain.checkpoint.manifest import read_manifest
+from bigtrain.checkpoint.staging import committed_at, newest_first
+from bigtrain.errors import CheckpointError
 from bigtrain.plan import RunPlan
 
 
@@ -34,8 +37,21 @@ def _checkpoint(plan: RunPlan, saved: str | None) -> str | None:
     if saved is not None or not _finds_it_by_itself(plan):
         return saved
     directory = Path(plan.output_dir)
-    newest = next(iter(newest_first(directory)), None) if directory.is_dir() else None
+    found = newest_first(directory) if directory.is_dir() else []
+    newest = next((path for path in found if _is_since(path, plan.begun_anew)), None)
     return None if newest is None else str(newest)
+
+
+def _is_since(checkpoint: Path, begun_anew: str) -> bool:
+    """Whether it may be the run's own: the same that the trainer finds."""
+    if not begun_anew:
+        return True
+    try:
+        return committed_at(checkpoint, read_manifest(checkpoint)) >= datetime.fromisoformat(
+            begun_anew
+        )
+    except (CheckpointError, OSError):
+        return False
 
 
 def _finds_it_by_itself(plan: RunPlan) -> bool:

@@ -12,9 +12,9 @@ import heapq
 import json
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -178,16 +178,17 @@ def merged(readers: Sequence[Reader], *, is_final: bool = True) -> Iterator[Line
 
 
 def read_since(text: str, *, now: float) -> float:
-    """`10m`, `2h`, `1d`, or a time such as `2026-01-31 12:00`, as seconds since the epoch."""
+    """`10m`, `2h`, `1d`, or a time in ISO 8601 (local, unless it says its zone), as seconds since
+    the epoch."""
     short = re.fullmatch(r"(\d+)([smhd])", text)
     if short is not None:
         return now - int(short[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[short[2]]
-    for form in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d", "%Y-%m-%dT%H:%M:%S"):
-        try:
-            return time.mktime(time.strptime(text, form))
-        except ValueError:
-            continue
-    raise ConfigError(f"flag --since: {text!r} is neither 10m, 2h or 1d nor 2026-01-31 12:00")
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"flag --since: {text!r} is neither 10m, 2h or 1d nor a time as 2026-01-31T12:00"
+        ) from None
 
 
 def _as_log_line(raw: bytes) -> bytes:

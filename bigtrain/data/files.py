@@ -37,7 +37,8 @@ def format_of(path: Path) -> str:
     if kind is None:
         known = ", ".join(sorted(set(FORMATS.values())))
         raise ConfigError(
-            f"{path}: its suffix names no format that can be read; set data.format to {known}"
+            f"{path}: its suffix names no format that can be read; set data.format to one of "
+            f"{known}"
         )
     return kind
 
@@ -51,7 +52,9 @@ def matching(pattern: str, root: Path) -> list[Path]:
     found = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207
     files = [match for match in found if match.is_file()]
     if not files:
-        raise DataError(f"{path} names no file; {_nearest(path)}")
+        is_relative = path != Path(pattern) and not path.parent.is_dir()
+        from_where = f"; relative paths start in {root}" if is_relative else ""
+        raise DataError(f"{path} names no file; {_nearest(path)}{from_where}")
     return files
 
 

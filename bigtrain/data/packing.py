@@ -211,8 +211,8 @@ class _Progress:
         self._reported = time.monotonic()
         rate = self._tokens / max(1e-9, self._reported - self._started)
         logger.info(
-            "tokenised %s documents, %s tokens (%s tokens/s)",
-            f"{self._documents:,}",
+            "tokenised %s, %s tokens (%s tokens/s)",
+            f"{self._documents:,} document{'s' * (self._documents != 1)}",
             f"{self._tokens:,}",
             f"{rate:,.0f}",
         )

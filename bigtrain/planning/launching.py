@@ -11,7 +11,7 @@ from bigtrain.arguments.values import did_you_mean
 from bigtrain.cluster import threads
 from bigtrain.errors import ConfigError
 from bigtrain.paths import below
-from bigtrain.planning.output_dir import next_attempt, run_id
+from bigtrain.planning.output_dir import begun_anew, next_attempt, run_id
 from bigtrain.planning.processes import Processes
 from bigtrain.planning.request import Surroundings
 from bigtrain.sections import ClusterSection
@@ -28,6 +28,7 @@ def place(
         "output_dir": str(directory),
         "attempt": next_attempt(directory),
         "run_id": run_id(directory, begins_anew=resume == "never"),
+        "begun_anew": begun_anew(directory, resume=resume),
         "resume": resume,
     }
 

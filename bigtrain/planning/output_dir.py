@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain.checkpoint import lease
+from bigtrain.checkpoint.staging import time_of_commit
 from bigtrain.errors import ConfigError
 from bigtrain.plan import RunPlan, read_plan
+from bigtrain.planning.writable import refusal
 
 _PLAN_NAME = re.compile(r"attempt-(\d+)\.json")
 
@@ -27,15 +29,28 @@ def next_attempt(output_dir: Path) -> int:
 
 def run_id(output_dir: Path, *, begins_anew: bool) -> str:
     """The id of the run that the directory's newest attempt belongs to, or else a new one."""
+    earlier = None if begins_anew else _newest(output_dir)
+    return (earlier.run_id if earlier else "") or uuid.uuid4().hex
+
+
+def begun_anew(output_dir: Path, *, resume: str) -> str:
+    """As `RunPlan.begun_anew` has it, for an attempt that goes on as `resume` says.
+
+    A checkpoint that was named is the run's own from then on, and so are all others.
+    """
+    if resume == "never":
+        return time_of_commit(output_dir)
+    earlier = _newest(output_dir) if resume in ("auto", "script") else None
+    return earlier.begun_anew if earlier else ""
+
+
+def _newest(output_dir: Path) -> RunPlan | None:
+    """The plan of the newest attempt; None where there is none that can be read."""
     recorded = _recorded(output_dir)
-    if recorded and not begins_anew:
-        try:
-            earlier = read_plan(max(recorded)[1]).run_id
-        except ConfigError:
-            earlier = ""
-        if earlier:
-            return earlier
-    return uuid.uuid4().hex
+    try:
+        return read_plan(max(recorded)[1]) if recorded else None
+    except ConfigError:
+        return None
 
 
 def check_output_dir(plan: RunPlan) -> None:
@@ -43,6 +58,8 @@ def check_output_dir(plan: RunPlan) -> None:
     output_dir = Path(plan.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"output_dir: {output_dir} is a file; give a directory")
+    if why := unwritable(plan):
+        raise ConfigError(why)
     if plan.training.get("overwrite_output_dir"):
         return
     occupant = _occupant(plan, output_dir)
@@ -53,6 +70,14 @@ def check_output_dir(plan: RunPlan) -> None:
             f"{said}output_dir: {output_dir} {occupant}; give another --output-dir, "
             "or go on in it with --set training.overwrite_output_dir=true"
         )
+
+
+def unwritable(plan: RunPlan) -> str:
+    """Why nothing can be written there on this machine; else empty."""
+    why = refusal(Path(plan.output_dir))
+    said = plan.origins.get("output_dir")
+    where = f"{said}: output_dir" if said else "output_dir"
+    return f"{where}: {plan.output_dir}: {why}; give another --output-dir" if why else ""
 
 
 def check_not_in_use(plan: RunPlan) -> None:

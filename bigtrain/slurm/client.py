@@ -19,6 +19,11 @@ _PATIENCE_S = 60.0
 _UNHEARD = ("Socket timed out on send/recv", "Zero Bytes were transmitted or received")
 """What Slurm's programs say where the request was sent and no answer came: a controller that is
 busy does what it was asked for all the same."""
+_WITHOUT_CLUSTER = (
+    "Could not establish a configuration source",
+    "Unable to establish configuration source",
+)
+"""What they say on a machine that has them installed and belongs to no cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +63,12 @@ def ask(command: Sequence[str], *, cwd: Path | None = None) -> Answer:
             "(scontrol ping)"
         ) from None
     if done.returncode != 0:
+        if any(words in done.stderr for words in _WITHOUT_CLUSTER):
+            raise LaunchError(
+                f"{command[0]} finds no cluster from this machine (it has no slurm.conf, and DNS "
+                "names no controller); run this on a login node of the cluster, or set SLURM_CONF "
+                "to its slurm.conf"
+            )
         said = (done.stderr.strip() or done.stdout.strip()).splitlines()
         lines = [f"{command[0]} failed with exit code {done.returncode}"]
         is_unheard = any(words in line for line in said for words in _UNHEARD)

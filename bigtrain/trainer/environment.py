@@ -41,6 +41,11 @@ def plan_written() -> datetime:
     return datetime.fromtimestamp(written, tz=UTC)
 
 
+def begun_anew(plan: RunPlan | None) -> datetime | None:
+    """When the run began anew beside checkpoints that are not its own; None where it never has."""
+    return datetime.fromisoformat(plan.begun_anew) if plan and plan.begun_anew else None
+
+
 def has_console() -> bool:
     """True where an agent listens for progress events."""
     return EVENT_VARIABLE in os.environ

@@ -72,19 +72,25 @@ class Resume(PlainWeights):
         self._search = None
         planned = self._plan.resume if self._plan is not None else "script"
         if planned == "auto":
-            return self._last_checkpoint()
+            since = environment.begun_anew(self._plan)
+            found = self._last_checkpoint(since=since)
+            if found is None and since is not None:
+                self._say_what_stays("this run was begun anew with --resume never")
+            return found
         if environment.is_restarted():
             own = self._last_checkpoint(since=environment.plan_written())
             if own is not None:
                 return own
         if planned == "never":
-            self._say_what_stays()
+            self._say_what_stays("--resume never begins anew")
             return None
         if planned != "script":
             asked = planned
         if asked is None and self.args.overwrite_output_dir and not self._has_trained:
             return self._last_checkpoint()
         if asked is None or asked is False:
+            if self._plan is not None and not self._has_trained:
+                self._say_what_stays("this run begins anew (--resume auto would go on)")
             return None
         if asked is True:
             found = self._last_checkpoint()
@@ -105,17 +111,17 @@ class Resume(PlainWeights):
         logger.info("going on from %s", found)
         return found
 
-    def _say_what_stays(self) -> None:
+    def _say_what_stays(self, why: str) -> None:
         """Beginning anew beside earlier checkpoints, which are not lost at once."""
         there = committed(self._output_dir()) if self.is_world_process_zero() else []
         if there:
             logger.warning(
-                "%s holds %d checkpoints of an earlier run (to step %d): --resume never begins "
-                "anew; each stays until this run saves the same step, whatever save_total_limit "
-                "says",
+                "%s holds %d checkpoints of an earlier run (to step %d): %s; each stays until "
+                "this run saves the same step, whatever save_total_limit says",
                 self._output_dir(),
                 len(there),
                 there[0][0],
+                why,
             )
 
     def _last_checkpoint(self, *, since: datetime | None = None) -> Path | None:

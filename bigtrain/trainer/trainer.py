@@ -21,6 +21,7 @@ from transformers.feature_extraction_sequence_utils import SequenceFeatureExtrac
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import SaveStrategy, has_length
 
+from bigtrain import rank_logging
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import UnsupportedError
 from bigtrain.trainer import adoption, preparation, theirs
@@ -73,6 +74,8 @@ class Trainer(Loop):
         self.model_init = model_init
         self._check_model_source(model)
         self._set_up_engine(model, engine)
+        if self._plan is not None and self._plan.kind == "script":
+            rank_logging.set_up_for_script(self.args.ranks)
         self._adopt_model(self.call_model_init() if model is None else model)
         if data_collator is None:
             data_collator = _default_collator(processing_class)

@@ -114,7 +114,7 @@ def test_it_writes_the_model_and_says_what_it_did_without_torch_in_100_mb(tmp_pa
     done = run_whole(tmp_path / "in", tmp_path / "out", "--dtype", "fp16", "--verify")
 
     assert done.returncode == 0, done.stderr
-    assert f"{tmp_path / 'out'}: 40 tensors, 0.08 GB in " in done.stdout
+    assert f"{tmp_path / 'out'}: 40 tensors, 83.89 MB in " in done.stdout
     assert "model.safetensors  83,8" in done.stdout
     assert "xxh3 " in done.stdout
     assert "output: on the disk, read back and compared" in done.stdout

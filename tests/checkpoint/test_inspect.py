@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -217,3 +218,33 @@ def test_what_a_terminal_would_obey_is_shown_as_text(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["inspect", str(tmp_path), "--tensors"])
     assert done.exit_code == 0
     assert r"\x1b[2J\ud800  weight  float32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("weights", "optimizer", "engine"),
+    [
+        ("pytorch_model_fsdp.bin", "optimizer.bin", "FSDP (full state dict)"),
+        ("pytorch_model.bin", "optimizer.pt", "DDP"),
+    ],
+)
+def test_a_directory_shows_of_others_newest_what_that_itself_shows(
+    tmp_path: Path, weights: str, optimizer: str, engine: str
+) -> None:
+    step = tmp_path / "checkpoint-3"
+    step.mkdir()
+    model = nn.Linear(2, 3)
+    adam = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    adam.step()
+    torch.save(model.state_dict(), step / weights)
+    torch.save(adam.state_dict(), step / optimizer)
+    for rank in range(2):
+        torch.save({}, step / f"rng_state_{rank}.pth")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+
+    code, text = inspect(tmp_path)
+
+    assert (code, text) == inspect(step)
+    assert f"written by   {engine} on 2 ranks" in text
+    assert "exp_avg_sq" in text
+    assert json.loads(inspect(tmp_path, "--json")[1])["samples_seen"] is None

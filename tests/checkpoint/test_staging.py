@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ from bigtrain.checkpoint.blocks import hash_file
 from bigtrain.checkpoint.commit import _check_complete
 from bigtrain.checkpoint.find import find_checkpoint, require_checkpoint
 from bigtrain.checkpoint.manifest import Part
+from bigtrain.checkpoint.staging import naming_failed_write
 from bigtrain.checkpoint.verify import verify_checkpoint
 from bigtrain.errors import CheckpointError
 from bigtrain.topology import RankInfo
@@ -183,3 +185,23 @@ def test_a_step_that_was_moved_elsewhere_and_linked_is_replaced_and_left_there(
     assert names(tmp_path) == ["checkpoint-4", "elsewhere"]
     assert not (tmp_path / "checkpoint-4").is_symlink()
     verify_checkpoint(moved)
+
+
+@pytest.mark.parametrize(
+    ("fault", "cause"),
+    [
+        (OSError(errno.EFBIG, "File too large"), "File too large; .* ulimit -f"),
+        (ValueError("I/O error: File too large (os error 27)"), "File too large; .* ulimit -f"),
+        (OSError(errno.EDQUOT, "quota"), "quota there is used up: free some"),
+    ],
+)
+def test_a_save_that_a_limit_cuts_short_names_checkpoint_cause_and_help(
+    tmp_path: Path, fault: Exception, cause: str
+) -> None:
+    target = tmp_path / "checkpoint-7"
+    said = f"^{target} could not be saved, which takes 2.0 MB: .*{cause}.* are untouched$"
+    with (
+        pytest.raises(CheckpointError, match=said),
+        naming_failed_write(target, needed=2_000_000),
+    ):
+        raise fault

@@ -6,22 +6,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 _SCRIPTS = Path(__file__).parent.parent / "scripts"
-_KINDS = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero3": "DEEPSPEED"}
+_KINDS = {"ddp": "MULTI_CPU", "fsdp": "FSDP", "zero1": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 
-def _launch(script: str, engine: str, folder: Path, *more: str) -> list[dict[str, Any]]:
-    """What each of two ranks wrote down of its training."""
+def _launch(
+    script: str, engine: str, folder: Path, *more: str, procs: int = 2, said: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """What each of `procs` ranks wrote down of its training; `said` to the script."""
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "bigtrain", "launch", str(_SCRIPTS / script)]
-    command += ["--engine", engine, "--procs-per-node", "2", "--output-dir", str(folder / "logs")]
+    command += ["--engine", engine, "--procs-per-node", str(procs)]
+    command += ["--output-dir", str(folder / "logs")]
     done = subprocess.run(
-        [*command, *more, "--", str(folder)],
+        [*command, *more, "--", str(folder), *said],
         capture_output=True,
         text=True,
         env=dict(os.environ),
@@ -29,7 +33,7 @@ def _launch(script: str, engine: str, folder: Path, *more: str) -> list[dict[str
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(procs)]
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("fresh", marks=pytest.mark.slow)])
@@ -37,7 +41,7 @@ def _launch(script: str, engine: str, folder: Path, *more: str) -> list[dict[str
 def test_zero3_and_fsdp2_train_as_ddp_does(script: str, start: str, tmp_path: Path) -> None:
     ran = {
         engine: _launch(script, engine, tmp_path / engine, "--start", start)
-        for engine in (_KINDS if start == "fork" else ("ddp", "fsdp"))
+        for engine in (("ddp", "fsdp", "zero3") if start == "fork" else ("ddp", "fsdp"))
     }
 
     for engine, ranks in ran.items():
@@ -46,6 +50,26 @@ def test_zero3_and_fsdp2_train_as_ddp_does(script: str, start: str, tmp_path: Pa
             assert seen["kind"] == f"DistributedType.{_KINDS[engine]}"
             assert seen["is_cut"] == (engine != "ddp")
         assert ranks[0]["losses"] == pytest.approx(ran["ddp"][0]["losses"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("script", "engine", "procs"),
+    [
+        ("transformers_trainer.py", "zero1", 2),
+        ("transformers_trainer.py", "zero3", 1),
+        ("transformers_trainer.py", "fsdp", 2),
+        ("accelerate_loop.py", "fsdp", 2),
+    ],
+)
+def test_a_script_that_asks_for_the_cpu_keeps_the_planned_engine(
+    script: str, engine: str, procs: int, tmp_path: Path
+) -> None:
+    ranks = _launch(script, engine, tmp_path / "run", procs=procs, said=["--use_cpu"])
+
+    for seen in ranks:
+        assert seen["world"] == procs
+        assert seen["kind"] == f"DistributedType.{_KINDS[engine]}"
+        assert seen["is_cut"] == (engine != "zero1")
 
 
 def test_an_accelerate_config_chooses_engine_and_processes(tmp_path: Path) -> None:

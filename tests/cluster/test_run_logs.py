@@ -84,7 +84,8 @@ def test_a_reader_goes_on_where_it_was_and_waits_for_the_end_of_a_line(attempt: 
 def test_since_is_a_span_or_a_time() -> None:
     assert read_since("10m", now=1000.0) == 400.0
     expected = time.mktime((2026, 1, 31, 12, 0, 0, 0, 0, -1))
-    assert read_since("2026-01-31 12:00", now=0.0) == expected
+    for form in ("2026-01-31 12:00", "2026-01-31T12:00", "2026-01-31T12:00:00"):
+        assert read_since(form, now=0.0) == expected
     with pytest.raises(ConfigError, match="'yesterday' is neither 10m"):
         read_since("yesterday", now=0.0)
 

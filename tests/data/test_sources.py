@@ -75,8 +75,16 @@ def test_builtin_text_is_real_and_long(tmp_path: Path) -> None:
     ("settings", "error", "message"),
     [
         ({"train_files": "corpsu.txt"}, DataError, "there is corpus.txt"),
-        ({"train_files": "no/such/a.txt"}, DataError, "the folder ends at"),
-        ({"train_files": "corpus.bin"}, ConfigError, "set data.format to csv, json, parquet, text"),
+        (
+            {"train_files": "no/such/a.txt"},
+            DataError,
+            "; relative paths start in",
+        ),
+        (
+            {"train_files": "corpus.bin"},
+            ConfigError,
+            "set data.format to one of csv, json, parquet, text",
+        ),
         ({"name": "builtin:poems"}, ConfigError, "built in are builtin:python-docs"),
         ({"train_files": "t.jsonl", "text_field": "body"}, DataError, "it has n, text"),
         ({"train_files": "t.jsonl", "text_field": "n"}, DataError, "holds int, not text"),

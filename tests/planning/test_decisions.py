@@ -224,6 +224,22 @@ def test_the_second_launch_of_a_run_is_its_second_attempt(folder: Path) -> None:
     assert _make(folder, resume="never").run_id != first.run_id
 
 
+def test_what_began_anew_has_done_so_until_a_checkpoint_is_named(folder: Path) -> None:
+    def attempt(resume: str | None) -> RunPlan:
+        plan = _make(folder, resume=resume)
+        write_plan(plan, plan_path(plan))
+        return plan
+
+    assert attempt(None).begun_anew == ""
+    anew = attempt("never")
+    assert anew.begun_anew
+    assert attempt(None).begun_anew == attempt("auto").begun_anew == anew.begun_anew
+    assert attempt("never").begun_anew > anew.begun_anew
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "optimizer.pt").touch()
+    assert attempt("checkpoint-3").begun_anew == ""
+
+
 def test_another_run_s_directory_is_refused_with_the_ways_out(folder: Path) -> None:
     first = _make(folder, "output_dir=out")
     write_plan(first, plan_path(first))

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def main() -> None:
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu="--use_cpu" in sys.argv)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

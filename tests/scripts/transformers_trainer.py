@@ -74,6 +74,7 @@ def main() -> None:
         learning_rate=1e-2,
         disable_tqdm=True,
         bf16="--bf16" in sys.argv,
+        use_cpu="--use_cpu" in sys.argv,
     )
     OwnLoss(model=model, args=args, train_dataset=Tokens(), callbacks=[Witness()]).train()
 

@@ -19,18 +19,17 @@ from tests.engine.harness import run_ranks
 from tests.trainer.samples import Sentences, losses, trainer
 
 
-def make_plan(folder: Path, *, ranks: int = 1, run_id: str = "") -> Path:
+def make_plan(folder: Path, *, ranks: int = 1, **fields: Any) -> Path:
     settings: EngineSettings = SingleSettings() if ranks == 1 else DdpSettings()
     plan = RunPlan(
         name="run",
-        kind="run_file",
         source=str(folder / "run.yaml"),
         working_dir=str(folder),
         topology=Topology(procs_per_node=ranks),
         device="cpu",
         engine=EngineConfig(name="single" if ranks == 1 else "ddp", settings=settings),
         output_dir=str(folder),
-        run_id=run_id,
+        **{"kind": "run_file", **fields},
     )
     path = folder / "plans" / "attempt-01.json"
     write_plan(plan, path)

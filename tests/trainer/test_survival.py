@@ -19,8 +19,10 @@ import pytest
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from bigtrain.checkpoint.staging import time_of_commit
+from bigtrain.cluster.ending import how_to_go_on
 from bigtrain.errors import CheckpointError
-from bigtrain.plan import PLAN_VARIABLE
+from bigtrain.plan import PLAN_VARIABLE, read_plan
 from bigtrain.topology import RankInfo
 from bigtrain.trainer.trainer import Trainer
 from tests.engine import harness
@@ -452,6 +454,26 @@ def test_what_a_first_save_left_is_cleared_by_the_next_attempt_of_its_run_alone(
     monkeypatch.setenv(PLAN_VARIABLE, str(make_plan(tmp_path, run_id="this run's")))
     run_of(tmp_path, save_steps=STEPS).train()
     assert leftovers(tmp_path) == []
+
+
+def test_a_run_that_began_anew_goes_on_from_its_own_checkpoints_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_of(tmp_path, max_steps=STEPS).train()
+    anew = time_of_commit(tmp_path)
+    path = make_plan(tmp_path, begun_anew=anew)
+    monkeypatch.setenv(PLAN_VARIABLE, str(path))
+    said = "the same command goes on from"
+    assert how_to_go_on(read_plan(path), saved=None) == "no checkpoint was saved"
+    run = run_of(tmp_path, max_steps=EVERY)
+    run.train()
+    assert resumed_from(run) == 0
+    assert "was begun anew with --resume never" in caplog.text
+    again = run_of(tmp_path, max_steps=EVERY + 1)
+    again.train()
+    assert resumed_from(again) == EVERY
+    newest = tmp_path / f"checkpoint-{EVERY + 1}"
+    assert how_to_go_on(read_plan(path), saved=None) == f"{said} {newest}"
 
 
 KILLS = 102

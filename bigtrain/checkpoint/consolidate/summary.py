@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bigtrain.checkpoint.staging import readable_size
+
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
@@ -84,7 +86,7 @@ class Summary:
         rate = self.nbytes / self.seconds / 1e6 if self.seconds else 0.0
         text = [
             f"{self.source}: {self.kind}{step}",
-            f"{self.output}: {self.tensors} tensors, {self.nbytes / 1e9:.2f} GB "
+            f"{self.output}: {self.tensors} tensors, {readable_size(self.nbytes, digits=2)} "
             f"in {self.seconds:.1f} s ({rate:.0f} MB/s)",
             *(f"  {file.name}  {file.nbytes:,} bytes  xxh3 {file.xxh3}" for file in self.files),
             f"source: {self.source_checked}",
