@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import yaml
 
 from bigtrain.errors import ConfigError
+from bigtrain.small_files import read_small_text
 
 KeyPath: TypeAlias = tuple[str, ...]
 
@@ -71,7 +72,7 @@ def read_run_file(path: Path, *, label: str) -> RunFile:
 
     `label` is the file's name in messages.
     """
-    return parse_run_file(_read_text(path, label), label=label)
+    return parse_run_file(read_small_text(path, label=label, limit=_MOST_BYTES), label=label)
 
 
 def parse_run_file(text: str, *, label: str) -> RunFile:
@@ -112,17 +113,6 @@ def parse_value(text: str, *, label: str) -> Any:
     if reading.faults:
         raise ConfigError(f"{label}: {text!r} is not a plain value")
     return value
-
-
-def _read_text(path: Path, label: str) -> str:
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise ConfigError(f"{label}: too large for a run file (over {_MOST_BYTES} bytes)")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ConfigError(f"{label}: not text in UTF-8, so not a run file") from None
-    except OSError as error:
-        raise ConfigError(f"{label}: can't be read: {error.strerror}") from None
 
 
 class _Reading:

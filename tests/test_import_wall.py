@@ -15,6 +15,7 @@ _LEFT = (
     "errors.py",
     "topology.py",
     "run_file.py",
+    "small_files.py",
     "layers.py",
     "sections.py",
     "run_config.py",

@@ -131,10 +131,11 @@ def test_files_that_are_no_text_or_too_large_or_not_there_are_named(tmp_path: Pa
     binary.write_bytes(b"\xff\xfe\x00")
     large.write_text("a: " + "x" * (1 << 20))
     expected = {
-        binary: "run.yaml: not text in UTF-8, so not a run file",
-        large: "run.yaml: too large for a run file (over 1048576 bytes)",
+        binary: "run.yaml: not text in UTF-8",
+        large: "run.yaml: too large (over 1048576 bytes)",
         tmp_path / "nowhere.yaml": "run.yaml: can't be read: No such file or directory",
         tmp_path: "run.yaml: can't be read: Is a directory",
+        Path("/dev/zero"): "run.yaml: can't be read: not a regular file",
     }
 
     for path, message in expected.items():

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 from bigtrain.errors import ConfigError
 from bigtrain.paths import expand_home
+from bigtrain.small_files import read_small_text
 from bigtrain.translate import deepspeed_keys, given_json_options
 from bigtrain.translate.config import EngineName, EngineOptions
 from bigtrain.translate.deepspeed_keys import AUTO
@@ -185,10 +186,4 @@ def _schedule_faults(given: Json, values: Mapping[str, Any]) -> Iterator[str]:
 
 def _read_text(given: str, field: str) -> str:
     path = expand_home(given, label=f"training.{field}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(
-            f"training.{field}: {path!s:.200} can't be read ({why}); give a JSON file"
-        ) from None
+    return read_small_text(path, label=f"training.{field}: {path!s:.200}")

@@ -499,16 +499,14 @@ def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (
-            "nowhere.json",
-            "nowhere.json can't be read (No such file or directory); give a JSON file",
-        ),
+        ("nowhere.json", "nowhere.json: can't be read: No such file or directory"),
+        ("/dev/zero", "/dev/zero: can't be read: not a regular file"),
         (
             "{",
             "{ is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
             "(char 1)",
         ),
-        ("a\0b", "a\0b can't be read (embedded null byte); give a JSON file"),
+        ("a\0b", "a\0b: can't be read: embedded null byte"),
     ],
 )
 def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: str) -> None:
