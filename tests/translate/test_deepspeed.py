@@ -344,6 +344,7 @@ def test_a_given_file_comes_through_to_what_deepspeed_parses(engine: EngineName)
         "prescale_gradients": True,
         "zero_optimization": {
             "stage": int(engine[-1]),
+            "reduce_scatter": False,
             "reduce_bucket_size": 5e7,
             "overlap_comm": True,
             "ignore_unused_parameters": False,
