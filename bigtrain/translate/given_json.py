@@ -45,12 +45,24 @@ def read(given: Any, field: str) -> dict[str, Any]:
         return dict(given)
     text = given if str(given).lstrip().startswith("{") else _read_text(str(given), field)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, field))
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"training.{field}: {given!s:.200} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"training.{field}: {given} holds no JSON object")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]], field: str) -> dict[str, Any]:
+    """A JSON object, which may not say a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = ", ".join(sorted({key for key in keys if keys.count(key) > 1}))
+        raise ConfigError(f"training.{field}: {twice}: said twice there; keep one")
+    return found
 
 
 def engine(given: Json) -> EngineName:
