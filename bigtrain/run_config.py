@@ -355,9 +355,16 @@ def _check_config(layers: Layers, model: ModelSection | None, data: DataSection 
     return not faults
 
 
+# Declared as text, but taken otherwise as well: the newest checkpoint or none; sharding by default
+# or not at all, and the older list of words.
+_ALSO_TAKEN: Mapping[str, tuple[type, ...]] = {
+    "resume_from_checkpoint": (bool,),
+    "fsdp": (bool, list),
+}
+
+
 def _read_argument(field: Field, value: Any) -> Any:
-    # Declared as text, but the Trainer understands true (the newest) and false (none) as well.
-    if field.name == "resume_from_checkpoint" and isinstance(value, bool):
+    if isinstance(value, _ALSO_TAKEN.get(field.name, ())):
         return value
     return read_value(field, value)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,13 @@ def _faults(load: Load, text: str, *assignments: str) -> list[str]:
     with pytest.raises(ConfigError) as raised:
         load(text, *assignments)
     return list(raised.value.faults)
+
+
+@pytest.mark.parametrize("said", [True, False, ["full_shard", "auto_wrap"], "full_shard auto_wrap"])
+def test_fsdp_is_a_truth_text_or_a_list(load: Load, said: Any) -> None:
+    assert (
+        load(GOOD, Override(key="training.fsdp", value=said, origin="x")).training["fsdp"] == said
+    )
 
 
 def test_a_run_file_becomes_typed_sections_with_defaults(load: Load) -> None:

@@ -17,6 +17,7 @@ from bigtrain.small_files import read_small_text
 from bigtrain.translate import deepspeed_keys, given_json_options
 from bigtrain.translate.config import EngineName, EngineOptions
 from bigtrain.translate.deepspeed_keys import AUTO
+from bigtrain.translate.given import shown
 from bigtrain.translate.given_json_fates import ARGUMENTS
 from bigtrain.translate.given_json_options import leaf
 
@@ -103,7 +104,7 @@ def faults(
     for field, key, value in implied(given):
         if not _same(value, values[field]):
             yield (
-                f"{key} is {value} there, but training.{field} is {values[field]} "
+                f"{key} is {shown(value)} there, but training.{field} is {shown(values[field])} "
                 f"({origins.get(f'training.{field}', 'its default')}); neither wins: make them "
                 'equal, leave one out, or say "auto" there'
             )

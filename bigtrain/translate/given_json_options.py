@@ -7,7 +7,7 @@ from typing import Any
 
 from bigtrain.translate import deepspeed_keys
 from bigtrain.translate.config import EngineOptions
-from bigtrain.translate.given import GivenOption
+from bigtrain.translate.given import GivenOption, shown
 from bigtrain.translate.given_json_fates import (
     DTYPES,
     ONLY,
@@ -152,6 +152,4 @@ def _listed(values: Mapping[Any, Any]) -> str:
 
 def _word(value: Any) -> str:
     """As JSON has it; of a section, that it is there."""
-    if isinstance(value, (Mapping, list)):
-        return "set"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "set" if isinstance(value, (Mapping, list)) else shown(value)

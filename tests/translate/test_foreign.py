@@ -17,7 +17,13 @@ from bigtrain.translate.config import (
     EngineOptions,
     FsdpSettings,
 )
-from bigtrain.translate.foreign import asked_engine, given_options, implied, shards_by_node
+from bigtrain.translate.foreign import (
+    asked_engine,
+    given_options,
+    implied,
+    implied_origins,
+    shards_by_node,
+)
 from bigtrain.translate.given_json_fates import is_judged
 
 
@@ -112,8 +118,59 @@ def test_fsdp_keys_without_a_counterpart_are_refused_by_name() -> None:
         "hybrid_shard, hybrid_shard_zero2, offload, shard_grad_op",
         "training.fsdp_config: backward_prefetch: 'backward_post' has no counterpart in FSDP2 "
         "here; leave it out",
-        "training.fsdp_config: activation_checkpointing is said by training.gradient_checkpointing "
-        "here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ("LlamaDecoderLayer, LlamaMLP", ("LlamaDecoderLayer", "LlamaMLP")),
+        ("", ()),
+        ([" A", ""], ("A",)),
+    ],
+)
+def test_class_names_are_read_without_what_is_around_them(
+    names: Any, classes: tuple[str, ...]
+) -> None:
+    values = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": names}}
+
+    assert _config(values, "fsdp").settings == FsdpSettings(shard_size=2, wrap_classes=classes)
+
+
+def test_fsdp_is_spelled_in_all_ways_that_transformers_takes() -> None:
+    config = {
+        "version": "2",
+        "fsdp_min_num_params": "0",
+        "auto_wrap_policy": "transformer_based_wrap",
+        "activation_checkpointing": "true",
+    }
+    for said in (True, "full_shard", ["full_shard", "auto_wrap"]):
+        settings = _config({"fsdp": said, "fsdp_config": config}, "fsdp").settings
+        assert settings == FsdpSettings(shard_size=2)
+    assert asked_engine({"fsdp": False}) is None
+
+
+def test_recomputation_by_fsdp_s_config_is_the_argument_s() -> None:
+    values = {"fsdp": True, "fsdp_config": {"fsdp_activation_checkpointing": True}}
+    refused = {**values, "gradient_checkpointing": False}
+
+    assert implied(values) == {"gradient_checkpointing": (True, "activation_checkpointing")}
+    assert implied({**values, "activation_checkpointing": True}) == {}
+    assert _faults(refused, "fsdp", origins={"training.gradient_checkpointing": "run.yaml:4"}) == [
+        "training.fsdp_config: activation_checkpointing is true there, but "
+        "training.gradient_checkpointing is false (run.yaml:4); neither wins: leave one out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "strategy"), [("hybrid_shard", "FULL_SHARD"), ("full_shard", "HYBRID_SHARD")]
+)
+def test_hybrid_sharding_in_one_place_only_is_told(word: str, strategy: str) -> None:
+    values = {"fsdp": word, "fsdp_config": {"sharding_strategy": strategy}}
+
+    assert _faults(values, "fsdp") == [
+        f"training.fsdp_config: sharding_strategy is {strategy} there, but fsdp's {word} is said; "
+        "neither wins: leave one out"
     ]
 
 
@@ -637,6 +694,20 @@ def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: s
         asked_engine({"deepspeed": given})
 
     assert str(raised.value) == f"training.deepspeed: {message}"
+
+
+def test_what_was_not_said_in_a_file_is_where_it_was_written() -> None:
+    origins = {"training.fsdp": "run.yaml:5", "training.deepspeed": "--set"}
+    text = '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": false}}'
+
+    assert implied_origins({"fsdp": "full_shard offload"}, origins) == {
+        "engine.cpu_offload": "run.yaml:5: offload"
+    }
+    assert implied_origins({"deepspeed": text}, origins) == {"training.bf16": "--set: bf16.enabled"}
+    assert _faults({"deepspeed": text, "bf16": True}, "zero2") == [
+        "training.deepspeed: bf16.enabled is false there, but training.bf16 is true (its default); "
+        'neither wins: make them equal, leave one out, or say "auto" there'
+    ]
 
 
 def test_malformed_sections_and_secrets_of_a_deepspeed_config_are_told_at_once() -> None:
