@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from bigtrain.arguments.installed import accelerator_keys
+from bigtrain.arguments.values import did_you_mean
 from bigtrain.topology import Topology
 from bigtrain.translate import given_fsdp, given_json, given_json_options
 from bigtrain.translate.config import (
@@ -212,6 +214,10 @@ def _accelerator_faults(config: Any, *, engine: EngineName) -> Iterator[tuple[st
     """`config`: a mapping, JSON text, a file's path, or accelerate's own object."""
     if isinstance(config, str):
         config = given_json.read(config, "accelerator_config")
+    for key in config if isinstance(config, Mapping) else ():
+        known = accelerator_keys()
+        if key not in known:
+            yield "accelerator_config", f"{key} is no key of it{did_you_mean(key, known)}"
     for key, engines in _ACCELERATOR_UNREAD.items():
         if engine not in engines:
             continue

@@ -33,7 +33,7 @@ _SCHEDULES = {
     "WarmupCosineLR": ("cosine",),
 }
 _OPTIMIZERS = ("adamw", "adam")
-_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_apex_fused")
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 _OPTIMIZER_PARAMETERS = (
     *(key for key in ARGUMENTS if key.startswith("optimizer.")),
     *(BETAS, "optimizer.params.torch_adam", "optimizer.params.adam_w_mode"),

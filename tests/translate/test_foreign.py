@@ -667,6 +667,9 @@ def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
     assert _faults({"accelerator_config": {"dispatch_batches": True}}, "ddp") == [
         "training.accelerator_config: dispatch_batches: True is not supported; leave it out"
     ]
+    assert _faults({"accelerator_config": {"split_batch": True}}, "ddp") == [
+        "training.accelerator_config: split_batch is no key of it; did you mean 'split_batches'?"
+    ]
     live = DataLoaderConfiguration(dispatch_batches=True)
     assert len(_faults({"accelerator_config": live}, "ddp")) == 1
     assert _config({"accelerator_config": {"split_batches": True}}, "ddp").name == "ddp"
