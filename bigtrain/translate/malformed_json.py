@@ -74,7 +74,7 @@ def _malformed(given: Json) -> Iterator[tuple[str, str]]:
     """(key, what is wrong and the fix): sections that are none, a stage that is no number, and
     secrets, which are never shown."""
     for key in sorted(_SECTIONS & given.keys()):
-        if not isinstance(given[key], Mapping):
+        if given[key] is not None and not isinstance(given[key], Mapping):
             what = f"{key} is {given[key]!r} there"
             yield key, f'{what}; make it a section, as in {{"enabled": true}}'
     for key in _INNER_SECTIONS:

@@ -234,9 +234,11 @@ def test_checkpoints_without_a_limit_are_not_bounded(tmp_path: Path) -> None:
 def test_an_optimizer_whose_state_is_not_known_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(_RUN)
 
-    done = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw")
+    said = ("training.optim=galore_adamw", "--device-memory", "80GiB")
+    done = _command(tmp_path, "run.yaml", "--set", *said)
 
     assert "as Adam's: what galore_adamw keeps is not known" in done.stdout, done.stderr
+    assert "galore_adamw needs galore_torch, which is not installed" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -568,7 +568,7 @@ def _nested(given: dict[str, Any]) -> dict[str, Any]:
     "given",
     [
         {"sequence_parallel_size": 1, "tensor_parallel": {}},
-        {"gradient_allreduce_op": "MEAN"},
+        {"gradient_allreduce_op": "MEAN", "optimizer": None, "scheduler": None},
         {"data_types": {"grad_accum_dtype": "float32", "keep_in_fp32_modules": ["norm"]}},
         {"data_types": {"keep_in_fp32_modules": "auto"}},
         {"zero_optimization.reduce_scatter": False, "prescale_gradients": True},
