@@ -186,9 +186,13 @@ def _fill(layers: Layers, value: Override) -> None:
     elif said != value.value:
         layers.fault(
             path,
-            f"{said!r}, but {value.origin} says {value.value!r}; leave one out, or settle it by "
-            f"--set {value.key}=…",
+            f"{_spelled(said)}, but {value.origin} says {_spelled(value.value)}; leave one out, or "
+            f"settle it by --set {value.key}=…",
         )
+
+
+def _spelled(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _leaves(path: KeyPath, value: Any) -> Iterator[str]:

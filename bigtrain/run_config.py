@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from bigtrain import run_inputs
+from bigtrain.arguments.installed import attention_implementations
 from bigtrain.arguments.model_fields import config_faults
 from bigtrain.arguments.schema import Field, load_schema
 from bigtrain.arguments.values import TOO_LARGE, TOO_LARGE_ADVICE, did_you_mean, read_value
@@ -153,12 +154,14 @@ def read_run_config(
         what = "missing; a model from scratch brings none; give tokenizer.name, or kind: bytes"
         layers.fault(("tokenizer",), what)
     _refuse_impossible(layers, training, data)
+    _check_attention(layers, model)
     is_sound = _check_config(layers, model, data)
     is_plannable = is_sound and not layers.wrong & {"tokenizer", *_TOP_LEVEL, *_KNOWN}
     if model is None or data is None or engine is None or cluster is None or not is_plannable:
-        missing = () if root is None else run_inputs.faults(data, model, tokenizer, root=root)
-        for key, what in missing:
-            layers.fault(tuple(key.split(".")), what)
+        if root is not None:
+            missing = run_inputs.faults(data, model, tokenizer, root=root)
+            for key, what in (*missing, *run_inputs.package_faults(training)):
+                layers.fault(tuple(key.split(".")), what)
         return Reading(config=None, faults=tuple(layers.told()), wrong=frozenset(layers.wrong))
     name = top.get("name") or path.stem
     config = RunConfig(
@@ -361,6 +364,17 @@ def _refuse_impossible(
         layers.fault(("training", "do_predict"), what)
 
 
+def _check_attention(layers: Layers, model: ModelSection | None) -> None:
+    """A name is transformers' own, or a kernel's on the hub; a model's own code may add some."""
+    said = model.attn_implementation if model is not None else None
+    if said is None or "/" in said or (model is not None and model.trust_remote_code):
+        return
+    known = attention_implementations()
+    if known and said.removeprefix("paged|") not in known and said not in known:
+        hint = did_you_mean(said, known) or f"; use {', '.join(known)}"
+        layers.fault(("model", "attn_implementation"), f"{said!r} is not supported{hint}")
+
+
 def _check_config(layers: Layers, model: ModelSection | None, data: DataSection | None) -> bool:
     """Whether nothing is wrong in `model.config`, from which memory and buckets are computed."""
     if model is None or model.config is None:
@@ -377,9 +391,16 @@ def _check_config(layers: Layers, model: ModelSection | None, data: DataSection 
     return not faults
 
 
+# Declared as text, but taken otherwise as well: the newest checkpoint or none; sharding by default
+# or not at all, and the older list of words.
+_ALSO_TAKEN: Mapping[str, tuple[type, ...]] = {
+    "resume_from_checkpoint": (bool,),
+    "fsdp": (bool, list),
+}
+
+
 def _read_argument(field: Field, value: Any) -> Any:
-    # Declared as text, but the Trainer understands true (the newest) and false (none) as well.
-    if field.name == "resume_from_checkpoint" and isinstance(value, bool):
+    if isinstance(value, _ALSO_TAKEN.get(field.name, ())):
         return value
     return read_value(field, value)
 

@@ -1,15 +1,19 @@
-"""What a run file names on this machine and is not there: files, columns, directories of models.
+"""What a run file names on this machine and is not there: files, columns, models, packages.
 
 Only looks that cost nothing: a directory's entries, the first lines of a file.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from bigtrain.arguments import installed
 from bigtrain.arguments.model_fields import read_config, stored_faults, too_long
+from bigtrain.arguments.reporters import reporters
 from bigtrain.arguments.values import did_you_mean
 from bigtrain.data.files import columns, format_of, matching
 from bigtrain.data.sources import BUILTINS
@@ -45,6 +49,36 @@ def faults(
         yield from directory_faults("tokenizer.name", tokenizer.name, needed, root)
     if data is not None:
         yield from _data_faults(data, root)
+
+
+# Reporter → the packages of which it needs one, where that isn't one of its own name.
+_REPORTERS: Mapping[str, tuple[str, ...]] = {
+    "azure_ml": ("azureml",),
+    "flyte": ("flytekit",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+}
+_NEED_NONE = ("all", "none", "kubeflow")
+
+
+def package_faults(training: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(`training.key`, what is wrong and the fix) for packages that arguments need."""
+    optimizer = str(training.get("optim"))
+    package = installed.optimizer_packages().get(optimizer)
+    if package is not None:
+        yield from _package_faults("optim", optimizer, (package,))
+    said = training.get("report_to") or []
+    for name in [said] if isinstance(said, str) else said:
+        if name in reporters() and name not in _NEED_NONE:
+            yield from _package_faults("report_to", name, _REPORTERS.get(name, (name,)))
+    if training.get("use_liger_kernel"):
+        yield from _package_faults("use_liger_kernel", "it", ("liger_kernel",))
+
+
+def _package_faults(
+    argument: str, what: str, packages: tuple[str, ...]
+) -> Iterator[tuple[str, str]]:
+    if not any(importlib.util.find_spec(package) for package in packages):
+        yield f"training.{argument}", f"{what} needs {packages[0]}, which is not installed"
 
 
 def directory_faults(

@@ -151,6 +151,8 @@ def _prepare(plan: RunPlan, world: RankInfo) -> _Parts:
 def _arguments(plan: RunPlan) -> TrainingArguments:
     said = {"logging_dir": str(Path(plan.output_dir) / "tensorboard"), **plan.training}
     said["output_dir"] = plan.output_dir
+    # They are the plan's engine by now, and transformers refuses FSDP1's words among them.
+    said |= {"fsdp": None, "fsdp_config": None}
     try:
         return TrainingArguments(**said)
     except ConfigError:

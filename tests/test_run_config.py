@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,22 @@ def _faults(load: Load, text: str, *assignments: str) -> list[str]:
     with pytest.raises(ConfigError) as raised:
         load(text, *assignments)
     return list(raised.value.faults)
+
+
+@pytest.mark.parametrize("said", [True, False, ["full_shard", "auto_wrap"], "full_shard auto_wrap"])
+def test_fsdp_is_a_truth_text_or_a_list(load: Load, said: Any) -> None:
+    assert (
+        load(GOOD, Override(key="training.fsdp", value=said, origin="x")).training["fsdp"] == said
+    )
+
+
+@pytest.mark.parametrize("said", ["eager", "sdpa", "paged|sdpa", "kernels-community/flash-attn"])
+def test_an_attention_is_one_that_transformers_has_or_a_kernel_s(load: Load, said: str) -> None:
+    key = "model.attn_implementation"
+
+    assert load(GOOD, Override(key=key, value=said, origin="x")).model.attn_implementation == said
+    (fault,) = _faults(load, GOOD, f"{key}=sdpaa")
+    assert fault == f"--set: {key}: 'sdpaa' is not supported; did you mean 'sdpa'?"
 
 
 def test_a_run_file_becomes_typed_sections_with_defaults(load: Load) -> None:

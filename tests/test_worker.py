@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,6 +275,13 @@ def test_a_mistake_ends_in_its_message_alone_and_its_exit_code(run_file: Path, h
 
     assert "leaves none to train on" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_words_of_fsdp_that_transformers_refuses_are_the_plan_s_alone(tmp_path: Path) -> None:
+    training = {"fsdp": "hybrid_shard", "use_cpu": True, "report_to": "none"}
+    plan: Any = SimpleNamespace(training=training, output_dir=str(tmp_path))
+
+    assert not worker._arguments(plan).fsdp
 
 
 def test_a_cpu_run_needs_no_accelerator() -> None:

@@ -53,16 +53,16 @@ Schema: TypeAlias = Mapping[str, Field]
 @lru_cache(maxsize=1)
 def load_schema() -> Schema:
     """Every field of `bigtrain.TrainingArguments`, in the order of declaration."""
-    folder = _installed_transformers()
-    enums = {**_read_enums(folder / "trainer_utils.py"), **_read_enums(folder / "training_args.py")}
+    folder = installed_transformers()
+    enums = {**enum_values(folder / "trainer_utils.py"), **enum_values(folder / "training_args.py")}
     fields = read_fields(folder / "training_args.py", enums=enums)
     return fields | read_fields(_OUR_ARGUMENTS, enums=enums)
 
 
 def read_fields(source: Path, *, enums: Mapping[str, tuple[str, ...]]) -> dict[str, Field]:
     """The fields of the class `TrainingArguments` that the file `source` defines."""
-    body = _class_body(_parse(source), "TrainingArguments", source)
-    constants = dict(_class_constants(body))
+    body = class_body(parse(source), "TrainingArguments", source)
+    constants = dict(class_constants(body))
     return {
         node.target.id: _read_field(node.target.id, node, constants=constants, enums=enums)
         for node in body
@@ -77,29 +77,32 @@ def defaults(schema: Schema) -> dict[str, Any]:
     return {name: field.default for name, field in schema.items()}
 
 
-def _installed_transformers() -> Path:
+def installed_transformers() -> Path:
+    """Its folder. ConfigError where there is none."""
     spec = importlib.util.find_spec("transformers")  # finds a top-level package without running it
     if spec is None or spec.origin is None:
         raise ConfigError("transformers is not installed; pip install transformers")
     return Path(spec.origin).parent
 
 
-@lru_cache(maxsize=4)
-def _parse(source: Path) -> ast.Module:
+@lru_cache(maxsize=8)
+def parse(source: Path) -> ast.Module:
+    """A source of transformers or of ours."""
     try:
         return ast.parse(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{source} can't be read ({error.strerror}); reinstall it") from error
 
 
-def _class_body(module: ast.Module, name: str, source: Path) -> list[ast.stmt]:
+def class_body(module: ast.Module, name: str, source: Path) -> list[ast.stmt]:
+    """What stands in the class `name`. ConfigError where the module has none."""
     for node in module.body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node.body
     raise ConfigError(f"{source} defines no class {name}; its version is not one that is supported")
 
 
-def _class_constants(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
+def class_constants(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
     """Plain names that the class body assigns, also under `if`; a later assignment wins.
 
     The conditions ask for a torch that is there and recent, and so hold wherever training runs.
@@ -112,11 +115,11 @@ def _class_constants(body: list[ast.stmt]) -> Iterator[tuple[str, Any]]:
                 yield node.targets[0].id, node.value.value
 
 
-def _read_enums(source: Path) -> dict[str, tuple[str, ...]]:
+def enum_values(source: Path) -> dict[str, tuple[str, ...]]:
     """Enum class name → its string values."""
     return {
-        node.name: tuple(value for _, value in _class_constants(node.body))
-        for node in _parse(source).body
+        node.name: tuple(value for _, value in class_constants(node.body))
+        for node in parse(source).body
         if isinstance(node, ast.ClassDef)
         and any("Enum" in ast.unparse(base) for base in node.bases)
     }

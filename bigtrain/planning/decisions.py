@@ -30,8 +30,9 @@ from bigtrain.planning.request import Request, Surroundings, foreign_overrides
 from bigtrain.planning.script_plan import plan_script
 from bigtrain.run_config import Reading, RunConfig, read_run_config
 from bigtrain.share import bundled
-from bigtrain.translate import foreign, translate
+from bigtrain.translate import consistency, foreign, translate
 from bigtrain.translate.config import ArgumentFate, Translation
+from bigtrain.translate.translation import with_origins
 
 _RUN_FILES = (".yaml", ".yml")
 
@@ -150,7 +151,10 @@ def missing_of(request: Request, surroundings: Surroundings) -> list[str]:
 
 def _missing(config: RunConfig, root: Path) -> list[str]:
     """Each with where it was said."""
-    found = run_inputs.faults(config.data, config.model, config.tokenizer, root=root)
+    found = [
+        *run_inputs.faults(config.data, config.model, config.tokenizer, root=root),
+        *run_inputs.package_faults(config.training),
+    ]
     return [f"{place}: {key}: {why}" for key, why in found if (place := _said_at(config, key))]
 
 
@@ -255,6 +259,8 @@ def _translated(
         faults += error.faults
     if batch is not None:
         training[batch.argument] = batch.value
+    wrong = consistency.faults(defaults(load_schema()) | training)
+    faults += with_origins(((f"training.{name}", why) for name, why in wrong), config.origins)
     try:
         translation = translate(
             training,

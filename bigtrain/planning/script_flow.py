@@ -21,7 +21,8 @@ def parse(path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_bytes(), filename=str(path))
     except SyntaxError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not Python: {error.msg}") from None
+        place = f"{path}:{error.lineno}" if error.lineno else f"{path}"
+        raise ConfigError(f"{place}: not Python: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not Python: {error}") from None
     except OSError as error:

@@ -170,6 +170,7 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
             raise ValueError(f"export is {self.export!r}; use last, every or never")
         if self.export_interval < 1:
             raise ValueError(f"export_interval is {self.export_interval}; it must be at least 1")
+        self._check_batches()
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"warmup_ratio must lie in range [0,1], it is {self.warmup_ratio}")
         if self.fp16_backend != "auto":
@@ -183,6 +184,19 @@ class TrainingArguments(transformers.TrainingArguments):  # type: ignore[misc]
                 "use_ipex is set but intel_extension_for_pytorch is not installed; leave it out: "
                 "PyTorch has Intel's kernels itself (on a CPU, bf16: true is what makes it fast)"
             )
+
+    def _check_batches(self) -> None:
+        """By name, what ends in a division by zero or in the middle of a DataLoader."""
+        if self.gradient_accumulation_steps == 0:
+            raise ValueError("gradient_accumulation_steps is 0; it must be at least 1")
+        evaluates = self.eval_strategy != "no" or self.eval_on_start
+        used = (
+            "per_device_train_batch_size",
+            *(("per_device_eval_batch_size",) if evaluates else ()),
+        )
+        for name in used:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
     def _validate_args(self) -> None:
         # transformers takes "no GPU" for a mistake unless use_cpu says it; here a machine without

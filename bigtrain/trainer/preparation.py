@@ -19,6 +19,7 @@ from transformers.trainer_utils import (
 )
 
 from bigtrain.trainer.arguments import TrainingArguments
+from bigtrain.translate.given_fsdp import recomputes
 
 if TYPE_CHECKING:
     from bigtrain.trainer.loop import Loop
@@ -38,7 +39,7 @@ def prepare_model(trainer: Loop) -> None:
     args, model = trainer.args, trainer.model
     if args.use_liger_kernel:
         apply_liger_kernel(model, args.liger_kernel_config)
-    if args.activation_checkpointing:
+    if args.activation_checkpointing or recomputes(vars(args)):
         kwargs: Any = args.activation_checkpointing_kwargs or {}
         _checkpoint_activations(model, dict(kwargs))
     if isinstance(trainer.processing_class, (PreTrainedTokenizerBase, ProcessorMixin)) and hasattr(

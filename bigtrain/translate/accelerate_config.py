@@ -87,6 +87,19 @@ def _cluster(content: Mapping[str, Any]) -> _Said:
         yield "cluster.env.CUDA_VISIBLE_DEVICES", str(devices), "gpu_ids"
 
 
+def _kind(content: Mapping[str, Any]) -> str:
+    """`distributed_type`; an unquoted `no` is false to a reader of YAML 1.1, as accelerate's is."""
+    said = content.get("distributed_type") or "NO"
+    return "NO" if said == "no" else str(said)
+
+
+def _asks_nothing(value: Any) -> bool:
+    """Whether it is off, or a section of which all is off."""
+    if isinstance(value, Mapping):
+        return all(_asks_nothing(inner) for inner in value.values())
+    return not value or (isinstance(value, str) and value.lower() in ("no", "default"))
+
+
 def _precision(content: Mapping[str, Any]) -> _Said:
     said = content.get("mixed_precision")
     precision = _PRECISIONS.get(str(said or "no"))
@@ -98,12 +111,11 @@ def _precision(content: Mapping[str, Any]) -> _Said:
 
 
 def _engine(content: Mapping[str, Any]) -> _Said:
-    kind = content.get("distributed_type", "NO")
+    kind = _kind(content)
     if kind == "DEEPSPEED":
         yield from _deepspeed(content.get("deepspeed_config") or {})
     elif kind == "FSDP":
         yield "engine.name", "fsdp", "distributed_type"
-        yield "training.fsdp", "full_shard", "distributed_type"
         config = dict(content.get("fsdp_config") or {})
         if config.pop("fsdp_activation_checkpointing", False):
             source = "fsdp_config.fsdp_activation_checkpointing"
@@ -130,6 +142,8 @@ def _deepspeed(config: Mapping[str, Any]) -> _Said:
 def _mistyped(content: Mapping[str, Any]) -> Iterator[str]:
     for key, kind in _TYPES.items():
         value = content.get(key)
+        if value is False and key == "distributed_type":
+            continue
         if value is not None and type(value) is not kind:
             yield f"{key} is {value!r}, not {_TYPE_NAMES[kind]}"
         elif isinstance(value, int) and kind is int and value < 1:
@@ -137,7 +151,7 @@ def _mistyped(content: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _faults(content: Mapping[str, Any]) -> Iterator[str]:
-    kind = content.get("distributed_type", "NO")
+    kind = _kind(content)
     if kind not in _KINDS:
         yield f"distributed_type {kind} is not supported; use {', '.join(_KINDS)}"
     if str(content.get("mixed_precision") or "no") not in _PRECISIONS:
@@ -147,7 +161,7 @@ def _faults(content: Mapping[str, Any]) -> Iterator[str]:
     if processes % machines:
         yield f"num_processes {processes} is not divisible by num_machines {machines}"
     for key, value in content.items():
-        if key not in (*_WITHOUT_EFFECT, *_READ) and value not in (None, {}, [], "", False):
+        if key not in (*_WITHOUT_EFFECT, *_READ) and not _asks_nothing(value):
             yield f"{key} has no counterpart here; leave it out"
     for section, owner in (("deepspeed_config", "DEEPSPEED"), ("fsdp_config", "FSDP")):
         if content.get(section) and kind != owner:

@@ -93,6 +93,12 @@ def faults(
             "secondary_shard",
             f"{shard} does not divide the {topology.world_size} ranks; use the ranks of one node",
         )
+    if options.master_dtype == "bf16" and options.offload_optimizer:
+        yield (
+            "master_dtype",
+            "bf16 with an offloaded optimizer needs DeepSpeed's own Adam, and the loop hands in "
+            "torch's; leave one out",
+        )
     for key in ("quantized_weights", "quantized_gradients"):
         if getattr(options, key) and on_cpu:
             yield key, "DeepSpeed's quantizer needs a GPU; leave it out"
@@ -171,6 +177,7 @@ def _zero(
     https://huggingface.co/docs/transformers/deepspeed (`reduce_bucket_size`)."""
     hidden = hidden_size or _USUAL_HIDDEN_SIZE
     bucket = max(hidden * hidden, _LEAST_BUCKET)
+    bucket += bucket % 2  # stages 1 and 2 refuse an odd one
     zero: dict[str, Any] = {
         "stage": stage,
         "contiguous_gradients": True,

@@ -82,6 +82,7 @@ _TOP_FILES = (
 _ALSO_AT_THE_TOP = (
     *("communication_data_type", "seq_parallel_communication_data_type"),
     *("tensorboard", "wandb", "csv_monitor", "comet"),
+    *("sequence_parallel_size", "vocabulary_size"),
 )
 # Looked up by functions that call a section as the others call the whole.
 _LOOKED_UP_IN_SECTIONS = frozenset(
@@ -102,6 +103,13 @@ _BOUNDS: Mapping[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "lt": ("less than", operator.lt),
 }
 """pydantic's words."""
+# What DeepSpeed checks in functions of its own.
+_CHECKED_BY_CALL: Mapping[str, tuple[tuple[str, float], ...]] = {
+    "fp16.loss_scale": (("ge", 0),),
+    "fp16.loss_scale_window": (("gt", 0),),
+    "fp16.min_loss_scale": (("gt", 0),),
+    "gradient_predivide_factor": (("gt", 0),),
+}
 _HOLDS_THE_JSON = ("param_dict", "ds_config", "config_dict")
 _PYDANTIC_KINDS = {"int", "float", "bool", "str", "list", "dict"}
 _KIND_WORDS = {
@@ -120,9 +128,20 @@ _UNDECLARED: Mapping[str, Kinds] = {
         ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
         frozenset({"int"}),
     ),
-    **dict.fromkeys(("steps_per_print", "sequence_parallel_size"), frozenset({"int"})),
-    "communication_data_type": frozenset({"str"}),
-    "data_types.grad_accum_dtype": frozenset({"str"}),
+    **dict.fromkeys(
+        ("steps_per_print", "sequence_parallel_size", "vocabulary_size"), frozenset({"int"})
+    ),
+    **dict.fromkeys(("tensor_parallel", "pipeline", "expert_parallel"), frozenset({"dict"})),
+    **dict.fromkeys(
+        ("communication_data_type", "gradient_allreduce_op", "checkpoint.tag_validation"),
+        frozenset({"str"}),
+    ),
+    **dict.fromkeys(
+        ("data_types.grad_accum_dtype", "data_types.buffer_dtype", "torch_autocast.dtype"),
+        frozenset({"str"}),
+    ),
+    "data_types.keep_in_fp32_modules": frozenset({"list"}),
+    "torch_autocast.lower_precision_safe_modules": frozenset({"list"}),
     "zero_optimization.offload_optimizer.device": frozenset({"str"}),
     "zero_optimization.offload_param.device": frozenset({"str"}),
     "zero_optimization.offload_optimizer.nvme_path": frozenset({"str"}),
@@ -139,6 +158,19 @@ def unknown(given: Mapping[str, Any]) -> Iterator[str]:
             yield f"{_path(section, key)}: DeepSpeed has this no more, and refuses it; leave it out"
         elif keys and key not in keys:
             yield f"{_path(section, key)} is no key of DeepSpeed's{did_you_mean(key, keys)}"
+
+
+def said(given: Mapping[str, Any]) -> Iterator[str]:
+    """Each dotted key that DeepSpeed has too, of sections inside sections as well."""
+    known = _known()
+    for section, key, _ in _walk(given, ""):
+        if key in known.get(section, ()):
+            yield _path(section, key)
+
+
+def every_key() -> frozenset[str]:
+    """All dotted keys that the installed DeepSpeed has; empty where there is none."""
+    return frozenset(_path(section, key) for section, keys in _known().items() for key in keys)
 
 
 def mistyped(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -181,8 +213,9 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def _kind_of(value: Any) -> Kinds:
+    """That of a default; "auto" and None tell nothing."""
     kind = type(value).__name__
-    return frozenset({kind}) if kind in _KIND_WORDS else frozenset()
+    return frozenset({kind}) if kind in _KIND_WORDS and value != AUTO else frozenset()
 
 
 @lru_cache(maxsize=1)
@@ -203,12 +236,14 @@ def _known() -> Mapping[str, Keys]:
 def _bounds() -> Mapping[str, tuple[tuple[str, Callable[[Any, Any], bool], float], ...]]:
     """Dotted key → what its number must be: the word for it, the comparison, and with what."""
     folder = _folder()
-    return {
-        _path(field.section, name): tuple(
-            (*_BOUNDS[keyword], bound) for keyword, bound in field.bounds
-        )
+    declared = {
+        _path(field.section, name): field.bounds
         for field in (_class_fields(folder) if folder else ())
         for name in field.names
+    }
+    return {
+        path: tuple((*_BOUNDS[word], bound) for word, bound in bounds)
+        for path, bounds in {**declared, **_CHECKED_BY_CALL}.items()
     }
 
 

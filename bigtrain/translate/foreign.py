@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from bigtrain.arguments.installed import accelerator_keys
+from bigtrain.arguments.values import did_you_mean
 from bigtrain.topology import Topology
 from bigtrain.translate import given_fsdp, given_json, given_json_options
 from bigtrain.translate.config import (
@@ -18,7 +20,7 @@ from bigtrain.translate.config import (
     EngineOptions,
     EngineSettings,
 )
-from bigtrain.translate.given import GivenOption, conflicts
+from bigtrain.translate.given import Field, GivenOption, conflicts
 from bigtrain.translate.given import merge as _merged
 from bigtrain.translate.malformed_json import read_deepspeed, read_what_is_sound
 
@@ -69,22 +71,29 @@ def shards_by_node(values: Mapping[str, Any]) -> bool:
 
 
 def implied(values: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
-    """Fields that `values` leave open and a given DeepSpeed JSON fills: value and its key."""
-    if not values.get("deepspeed"):
-        return {}
-    given = read_deepspeed(values["deepspeed"])
-    return {
-        field: (value, key)
-        for field, key, value in given_json.implied(given)
-        if field not in values
-    }
+    """Fields that `values` leave open and the given configs fill: value, and the config's key."""
+    return {field: (value, key) for field, _, key, value in _implied(values)}
+
+
+def _implied(values: Mapping[str, Any]) -> Iterator[tuple[str, Field, str, Any]]:
+    """Field, the argument that holds the config which fills it, its key there, and the value."""
+    if values.get("deepspeed"):
+        for field, key, value in given_json.implied(read_deepspeed(values["deepspeed"])):
+            if field not in values:
+                yield field, "deepspeed", key, value
+    if given_fsdp.recomputes(values) and not values.keys() & _RECOMPUTATION:
+        yield "gradient_checkpointing", "fsdp_config", given_fsdp.RECOMPUTATION, True
+
+
+# Two names of one argument, the older last.
+_RECOMPUTATION = ("activation_checkpointing", "gradient_checkpointing")
 
 
 def implied_origins(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, str]:
     """Where each value stands that the given configs fill: `ds.json: gradient_clipping`."""
     found = {
-        f"training.{field}": f"{_place('deepspeed', values, origins)}: {key}"
-        for field, (_, key) in implied(values).items()
+        f"training.{field}": f"{_place(config, values, origins)}: {key}"
+        for field, config, key, _ in _implied(values)
     }
     for said in given_options(values):
         place = _place(said.field, values, origins)
@@ -92,11 +101,11 @@ def implied_origins(values: Mapping[str, Any], origins: Mapping[str, str]) -> di
     return found
 
 
-def _place(field: str, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
+def _place(field: Field, values: Mapping[str, Any], origins: Mapping[str, str]) -> str:
     """A config's file; else where it was written out."""
     value = values[field]
-    if isinstance(value, str) and not value.lstrip().startswith("{"):
-        return value if value.endswith(".json") else f"training.{field}"
+    if isinstance(value, str) and value.endswith(".json"):
+        return value
     return origins.get(f"training.{field}", f"training.{field}")
 
 
@@ -151,6 +160,7 @@ def faults(
     if values.get("fsdp") and values.get("deepspeed"):
         yield "fsdp", "fsdp and deepspeed are both set; keep one of them"
     yield from given_fsdp.faults(values, engine=engine, topology=topology)
+    yield from _recomputation_faults(values, origins)
     if values.get("deepspeed"):
         given = read_deepspeed(values["deepspeed"])
         whole = merge(options, values)
@@ -158,6 +168,19 @@ def faults(
             yield "deepspeed", why
     yield from conflicts(options, given_options(values), origins=origins)
     yield from _accelerator_faults(values.get("accelerator_config"), engine=engine)
+
+
+def _recomputation_faults(
+    values: Mapping[str, Any], origins: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    for name in _RECOMPUTATION if given_fsdp.recomputes(values) else ():
+        place = origins.get(f"training.{name}")
+        if place is not None and values[name] is False:
+            yield (
+                "fsdp_config",
+                f"{given_fsdp.RECOMPUTATION} is true there, but training.{name} is false "
+                f"({place}); neither wins: leave one out",
+            )
 
 
 def batch_faults(said: Mapping[str, Any], topology: Topology) -> Iterator[tuple[str, str]]:
@@ -191,6 +214,10 @@ def _accelerator_faults(config: Any, *, engine: EngineName) -> Iterator[tuple[st
     """`config`: a mapping, JSON text, a file's path, or accelerate's own object."""
     if isinstance(config, str):
         config = given_json.read(config, "accelerator_config")
+    for key in config if isinstance(config, Mapping) else ():
+        known = accelerator_keys()
+        if key not in known:
+            yield "accelerator_config", f"{key} is no key of it{did_you_mean(key, known)}"
     for key, engines in _ACCELERATOR_UNREAD.items():
         if engine not in engines:
             continue

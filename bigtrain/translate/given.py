@@ -44,8 +44,8 @@ def conflicts(
         if other.value != said.value:
             yield (
                 said.field,
-                f"{said.key} is {_shown(said.spelled)} there, but {other.field}'s {other.key} is "
-                f"{_shown(other.spelled)}; neither wins: leave one out",
+                f"{said.key} is {shown(said.spelled)} there, but {other.field}'s {other.key} is "
+                f"{shown(other.spelled)}; neither wins: leave one out",
             )
         ours = getattr(options, said.option)
         if ours is not None and ours != said.value:
@@ -53,12 +53,13 @@ def conflicts(
             place = f" ({origins[key]})" if key in origins else ""
             yield (
                 said.field,
-                f"{said.key} is {_shown(said.spelled)} there, but {key} is {_shown(ours)}{place}; "
+                f"{said.key} is {shown(said.spelled)} there, but {key} is {shown(ours)}{place}; "
                 "neither wins: make them equal, or leave one out",
             )
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """As a file has it."""
     if isinstance(value, tuple):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -42,8 +42,10 @@ _STRATEGIES: Mapping[str, bool] = {
     "4": True,
     "5": False,
 }
+RECOMPUTATION = "activation_checkpointing"
+"""The key of `fsdp_config` that is a TrainingArguments field here."""
 _HYBRID = ("HYBRID_SHARD", "HYBRID_SHARD_ZERO2", "_HYBRID_SHARD_ZERO2", "4", "5")
-# Keys that ask for what happens here anyway, with the values that say so.
+# Keys that ask for what happens here anyway, with the values that say so; text in upper case.
 _GRANTED: Mapping[str, tuple[Any, ...]] = {
     "version": (1, 2),
     "use_orig_params": (True,),
@@ -51,7 +53,7 @@ _GRANTED: Mapping[str, tuple[Any, ...]] = {
     "auto_wrap_policy": ("TRANSFORMER_BASED_WRAP",),
     "cpu_ram_efficient_loading": (True, False),
     "limit_all_gathers": (True,),
-    "backward_prefetch": ("backward_pre", "BACKWARD_PRE"),
+    "backward_prefetch": ("BACKWARD_PRE",),
     "backward_prefetch_policy": ("BACKWARD_PRE",),
     "forward_prefetch": (False,),
     "min_num_params": (0,),
@@ -87,9 +89,22 @@ def _read(key: str, spelled: Any) -> tuple[str, Any] | None:
         strategy = _strategy(spelled)
         return None if strategy is None else (option, strategy)
     if option == "wrap_classes":
-        names = spelled.split(",") if isinstance(spelled, str) else spelled
-        return (option, tuple(names)) if isinstance(names, (list, tuple)) else None
+        names = _names(spelled)
+        return (option, names) if names else None
     return option, spelled
+
+
+def _names(spelled: Any) -> tuple[str, ...] | None:
+    """Class names, from a list or from text with commas; None where it is neither."""
+    names = spelled.split(",") if isinstance(spelled, str) else spelled
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        return None
+    return tuple(name.strip() for name in names if name.strip())
+
+
+def recomputes(values: Mapping[str, Any]) -> bool:
+    """Whether they ask to compute activations again, which is the model's own doing here."""
+    return _config(values).get(RECOMPUTATION) is True
 
 
 def shards_by_node(values: Mapping[str, Any]) -> bool:
@@ -117,6 +132,7 @@ def faults(
         why = _key_fault(key, value)
         if why:
             yield "fsdp_config", why
+    yield from _mesh_faults(values)
     if engine == "fsdp" and shards_by_node(values):
         shard, procs = topology.shard_size, topology.procs_per_node
         if shard != procs:
@@ -127,27 +143,37 @@ def faults(
             )
 
 
+def _mesh_faults(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Hybrid sharding in one place, and sharding over all ranks in the other."""
+    config = _config(values)
+    for word in _words(values.get("fsdp")):
+        for key in ("sharding_strategy", "reshard_after_forward"):
+            said = config.get(key)
+            reshards = _strategy(word)
+            if reshards is None or reshards is not _strategy(said):
+                continue  # none of the two is a strategy, or they differ in another way
+            if _is_hybrid(word) != _is_hybrid(said):
+                why = f"{key} is {said} there, but fsdp's {word} is said"
+                yield "fsdp_config", f"{why}; neither wins: leave one out"
+
+
 def _key_fault(key: str, value: Any) -> str:
-    if value is None or any(value == granted for granted in _GRANTED.get(key, ())):
+    plain = value.upper() if isinstance(value, str) else value
+    if value is None or any(plain == granted for granted in _GRANTED.get(key, ())):
         return ""
     if key in ("sharding_strategy", "reshard_after_forward"):
         is_truth = key == "reshard_after_forward" and isinstance(value, bool)
         if is_truth or _strategy(value) is not None:
             return ""
-        return f"{key}: {value!r} is not supported; use {_NAMES}, or engine ddp"
-    if key in ("cpu_offload", "offload_params", "forward_prefetch"):
+        return f"{key}: {value!r} is not supported; use {_STRATEGY_NAMES}, or engine ddp"
+    if key in ("cpu_offload", "offload_params", "forward_prefetch", RECOMPUTATION):
         return "" if isinstance(value, bool) else f"{key}: {value!r} is not true or false"
     if key == "transformer_layer_cls_to_wrap":
-        names = value.split(",") if isinstance(value, str) else value
-        if isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names):
-            return ""
-        return f"{key}: {value!r} is not a list of class names"
-    if key == "activation_checkpointing":
-        return f"{key} is said by training.gradient_checkpointing here" if value else ""
+        return "" if _names(value) is not None else f"{key}: {value!r} is not a list of class names"
     return f"{key}: {value!r} has no counterpart in FSDP2 here; leave it out"
 
 
-_NAMES = "FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD or HYBRID_SHARD_ZERO2"
+_STRATEGY_NAMES = "FULL_SHARD, SHARD_GRAD_OP, HYBRID_SHARD or HYBRID_SHARD_ZERO2"
 
 
 def _strategy(value: Any) -> bool | None:
@@ -166,9 +192,12 @@ def _words(fsdp: Any) -> list[str]:
 
 def _config(values: Mapping[str, Any]) -> dict[str, Any]:
     config = read(values.get("fsdp_config") or {}, "fsdp_config")
-    return {key.removeprefix("fsdp_"): _truth(value) for key, value in config.items()}
+    return {key.removeprefix("fsdp_"): _plain(value) for key, value in config.items()}
 
 
-def _truth(value: Any) -> Any:
-    words = {"true": True, "false": False}
-    return words.get(value.lower(), value) if isinstance(value, str) else value
+def _plain(value: Any) -> Any:
+    """Text that spells a truth or a whole number, as that."""
+    if not isinstance(value, str):
+        return value
+    truths = {"true": True, "false": False}
+    return int(value) if value.isdecimal() else truths.get(value.lower(), value)

@@ -17,30 +17,27 @@ from bigtrain.small_files import read_small_text
 from bigtrain.translate import deepspeed_keys, given_json_options
 from bigtrain.translate.config import EngineName, EngineOptions
 from bigtrain.translate.deepspeed_keys import AUTO
+from bigtrain.translate.given import shown
+from bigtrain.translate.given_json_fates import ARGUMENTS
 from bigtrain.translate.given_json_options import leaf
 
 Json: TypeAlias = Mapping[str, Any]
 _ZERO_ENGINES: Mapping[int, EngineName] = {1: "zero1", 2: "zero2", 3: "zero3"}
-SAID_BY_ARGUMENTS: Mapping[str, str] = {
-    "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "bf16.enabled": "bf16",
-    "fp16.enabled": "fp16",
-    "optimizer.params.lr": "learning_rate",
-    "optimizer.params.eps": "adam_epsilon",
-    "optimizer.params.weight_decay": "weight_decay",
-    "optimizer.params.torch_adam": "",
-    "optimizer.params.adam_w_mode": "",
-}
-"""Where the JSON says what a TrainingArguments field says; empty: nothing to compare."""
-_BETAS = "optimizer.params.betas"
+BETAS = "optimizer.params.betas"
+"""Where the JSON has two TrainingArguments fields in one."""
+_AUTO_BY_DEFAULT = ("keep_in_fp32_modules",)
+"""Keys that DeepSpeed itself takes "auto" for: left out, they are that."""
 _SCHEDULES = {
     "WarmupLR": ("constant_with_warmup",),
     "WarmupDecayLR": ("linear",),
     "WarmupCosineLR": ("cosine",),
 }
-_OPTIMIZERS = ("AdamW", "Adam")
+_OPTIMIZERS = ("adamw", "adam")
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+_OPTIMIZER_PARAMETERS = (
+    *(key for key in ARGUMENTS if key.startswith("optimizer.")),
+    *(BETAS, "optimizer.params.torch_adam", "optimizer.params.adam_w_mode"),
+)
 
 
 def read(given: Any, field: str) -> dict[str, Any]:
@@ -49,12 +46,24 @@ def read(given: Any, field: str) -> dict[str, Any]:
         return dict(given)
     text = given if str(given).lstrip().startswith("{") else _read_text(str(given), field)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=lambda pairs: _object(pairs, field))
+    except ConfigError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"training.{field}: {given!s:.200} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"training.{field}: {given} holds no JSON object")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]], field: str) -> dict[str, Any]:
+    """A JSON object, which may not say a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = ", ".join(sorted({key for key in keys if keys.count(key) > 1}))
+        raise ConfigError(f"training.{field}: {twice}: said twice there; keep one")
+    return found
 
 
 def engine(given: Json) -> EngineName:
@@ -64,14 +73,14 @@ def engine(given: Json) -> EngineName:
 
 def implied(given: Json) -> Iterator[tuple[str, str, Any]]:
     """(TrainingArguments field, key, value) for what the JSON says in whole values."""
-    for key, field in SAID_BY_ARGUMENTS.items():
+    for key, field in ARGUMENTS.items():
         value = leaf(given, key)
-        if field and value not in (None, AUTO):
+        if value not in (None, AUTO):
             yield field, key, value
-    betas = leaf(given, _BETAS)
+    betas = leaf(given, BETAS)
     if isinstance(betas, list) and len(betas) == 2:
-        yield "adam_beta1", _BETAS, betas[0]
-        yield "adam_beta2", _BETAS, betas[1]
+        yield "adam_beta1", BETAS, betas[0]
+        yield "adam_beta2", BETAS, betas[1]
 
 
 def train_batch_size(given: Json) -> int | None:
@@ -89,13 +98,13 @@ def faults(
 ) -> Iterator[str]:
     """What is wrong with it, and the fix, for each fault. `origins`: where our own words stand."""
     yield from deepspeed_keys.unknown(given)
-    yield from given_json_options.faults(given, options)
-    yield from _optimizer_faults(given)
+    yield from given_json_options.faults(given, values, options)
+    yield from _optimizer_faults(given, values, origins)
     yield from _schedule_faults(given, values)
     for field, key, value in implied(given):
         if not _same(value, values[field]):
             yield (
-                f"{key} is {value} there, but training.{field} is {values[field]} "
+                f"{key} is {shown(value)} there, but training.{field} is {shown(values[field])} "
                 f"({origins.get(f'training.{field}', 'its default')}); neither wins: make them "
                 'equal, leave one out, or say "auto" there'
             )
@@ -130,7 +139,7 @@ def unresolved(given: Json, ours: Json, prefix: str = "") -> Iterator[str]:
             yield from unresolved(
                 value, inner if isinstance(inner, Mapping) else {}, f"{prefix}{key}."
             )
-        elif value == AUTO and key not in ours:
+        elif value == AUTO and key not in (*ours, *_AUTO_BY_DEFAULT):
             yield f"{prefix}{key}"
 
 
@@ -138,7 +147,7 @@ def _is_ours(key: str, ours: Json) -> bool:
     """Whether the loop and the topology decide it, or it is of a part that isn't offloaded."""
     if key in ("offload_optimizer", "offload_param"):
         return key not in ours
-    return key in ("train_batch_size", "optimizer", "scheduler")
+    return key in ("train_batch_size", "optimizer", "scheduler", "sequence_parallel_size")
 
 
 def _same(there: Any, here: Any) -> bool:
@@ -147,20 +156,31 @@ def _same(there: Any, here: Any) -> bool:
     return bool(there == here)
 
 
-def _optimizer_faults(given: Json) -> Iterator[str]:
+def _optimizer_faults(
+    given: Json, values: Mapping[str, Any], origins: Mapping[str, str]
+) -> Iterator[str]:
     section = given.get("optimizer")
     if not isinstance(section, Mapping):
         return
-    kind = section.get("type")
-    if kind not in _OPTIMIZERS:
+    kind, ours = section.get("type"), values["optim"]
+    if str(kind).lower() not in _OPTIMIZERS:
         yield (
             f"optimizer.type is {kind!r}, but the loop makes the optimizer; leave it out and set "
             "training.optim and its hyperparameters"
         )
-    optimizers = (key for key in SAID_BY_ARGUMENTS if key.startswith("optimizer."))
-    known = {key.rpartition(".")[2] for key in optimizers} | {"betas"}
+    elif ours not in _ADAMW:
+        yield (
+            f"optimizer.type is {kind} there, but training.optim is {ours} "
+            f"({origins.get('training.optim', 'its default')}); neither wins: make it adamw_torch, "
+            "or leave one out"
+        )
+    if leaf(section, "params.adam_w_mode") not in (None, AUTO, True):
+        yield (
+            "optimizer.params.adam_w_mode is false there, but the loop makes AdamW, whose weight "
+            "decay is apart from the gradient; leave it out"
+        )
     for key in section.get("params") or {}:
-        if key not in known:
+        if f"optimizer.params.{key}" not in _OPTIMIZER_PARAMETERS:
             yield f"optimizer.params.{key} has no counterpart in TrainingArguments; leave it out"
 
 

@@ -13,6 +13,7 @@ from bigtrain.arguments.values import read_value
 from bigtrain.errors import ConfigError
 from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.translate import deepspeed_keys, given_json
+from bigtrain.translate.deepspeed_keys import AUTO
 from bigtrain.translate.given_json import Json
 from bigtrain.translate.given_json_options import leaf
 
@@ -73,7 +74,7 @@ def _malformed(given: Json) -> Iterator[tuple[str, str]]:
     """(key, what is wrong and the fix): sections that are none, a stage that is no number, and
     secrets, which are never shown."""
     for key in sorted(_SECTIONS & given.keys()):
-        if not isinstance(given[key], Mapping):
+        if given[key] is not None and not isinstance(given[key], Mapping):
             what = f"{key} is {given[key]!r} there"
             yield key, f'{what}; make it a section, as in {{"enabled": true}}'
     for key in _INNER_SECTIONS:
@@ -99,6 +100,9 @@ def _mistyped(given: Json) -> Iterator[tuple[str, str]]:
     size = given.get("train_batch_size")
     if "train_batch_size" not in told and isinstance(size, (int, float)) and size < 1:
         yield "train_batch_size", f"train_batch_size is {size} there; it must be at least 1"
+    betas = leaf(given, given_json.BETAS)
+    if betas not in (None, AUTO) and not (isinstance(betas, list) and len(betas) == 2):
+        yield given_json.BETAS, f"{given_json.BETAS} is {betas!r} there, not two numbers"
     for field, key, value in given_json.implied(given):
         if key in told:
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bigtrain.arguments.schema import Schema, load_schema
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import Topology
-from bigtrain.translate import consistency, ddp, deepspeed, foreign, fsdp, precision, single
+from bigtrain.translate import ddp, deepspeed, foreign, fsdp, precision, single
 from bigtrain.translate.config import (
     ArgumentFate,
     DdpSettings,
@@ -128,11 +128,11 @@ def translate(
     )
     found = tuple(_faults(request, engine, schema))
     if found:
-        raise UnsupportedError(_with_origins(found, request.origins))
+        raise UnsupportedError(with_origins(found, request.origins))
     ours = _SETTINGS[engine](request)
     open_ = tuple((f"training.{name}", why) for name, why in foreign.unresolved(ours, values))
     if open_:
-        raise UnsupportedError(_with_origins(open_, request.origins))
+        raise UnsupportedError(with_origins(open_, request.origins))
     masters = precision.master_dtype(whole, options.master_dtype)
     is_sharded = engine in _SHARDED
     config = EngineConfig(
@@ -158,8 +158,6 @@ def _faults(request: _Request, engine: EngineName, schema: Schema) -> Iterator[t
         on_cpu=request.on_cpu,
         masters=options.master_dtype,
     ):
-        yield f"training.{name}", why
-    for name, why in consistency.faults(values):
         yield f"training.{name}", why
     for name, why in foreign.faults(
         values,
@@ -205,9 +203,8 @@ def _fault_of_shape(request: _Request, engine: EngineName) -> Iterator[tuple[str
             )
 
 
-def _with_origins(
-    faults: tuple[tuple[str, str], ...], origins: Mapping[str, str]
-) -> tuple[str, ...]:
+def with_origins(faults: Iterable[tuple[str, str]], origins: Mapping[str, str]) -> tuple[str, ...]:
+    """(dotted key, what is wrong) as messages, which begin with where the key was said."""
     return tuple(
         f"{origins[key]}: {key}: {why}" if key in origins else f"{key}: {why}"
         for key, why in faults

@@ -362,7 +362,7 @@ def test_an_accelerate_config_settles_engine_auto_and_says_no_out_loud(folder: P
     with pytest.raises(ConfigError) as raised:
         make_plan(request, surroundings)
     assert raised.value.faults == (
-        "quick.yaml:7: training.bf16: True, but no.yaml: mixed_precision says False; leave one "
+        "quick.yaml:7: training.bf16: true, but no.yaml: mixed_precision says false; leave one "
         "out, or settle it by --set training.bf16=…",
     )
 

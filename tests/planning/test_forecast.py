@@ -274,10 +274,12 @@ def test_the_end_of_a_part_of_an_epoch_is_saved_too(
 def test_an_optimizer_whose_state_is_not_known_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(_RUN)
 
-    done = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw")
+    said = ("training.optim=galore_adamw", "--device-memory", "80GiB")
+    done = _command(tmp_path, "run.yaml", "--set", *said)
 
     assert "as Adam's: what galore_adamw keeps is not known" in done.stdout, done.stderr
-    shown = _command(tmp_path, "run.yaml", "--set", "training.optim=galore_adamw", "--json")
+    assert "galore_adamw needs galore_torch, which is not installed" in done.stdout
+    shown = _command(tmp_path, "run.yaml", "--set", *said, "--json")
     assert json.loads(shown.stdout)["forecast"]["memory"]["unknown_optimizer"] == "galore_adamw"
 
 

@@ -149,3 +149,6 @@ def test_a_script_that_is_not_python_is_refused_with_its_line(tmp_path: Path) ->
         _facts(tmp_path, "import torch\nx = = 3\n")
 
     assert str(raised.value) == f"{tmp_path}/train.py:2: not Python: invalid syntax"
+
+    with pytest.raises(ConfigError, match=r"train\.py: not Python: .* null bytes"):
+        _facts(tmp_path, "import torch\0")

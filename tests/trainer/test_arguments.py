@@ -45,6 +45,37 @@ def test_alone_this_is_the_one_process(tmp_path: Path) -> None:
     assert args.train_batch_size == 8
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("gradient_accumulation_steps", {}),
+        ("per_device_train_batch_size", {}),
+        ("per_device_eval_batch_size", {"eval_strategy": "epochs"}),
+        ("per_device_eval_batch_size", {"eval_on_start": True}),
+    ],
+)
+def test_a_number_of_nothing_is_refused_by_name(
+    name: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"^{name} is 0; it must be at least 1$"):
+        TrainingArguments(output_dir=str(tmp_path), **{name: 0}, **more)
+
+
+def test_what_transformers_trains_with_is_taken(tmp_path: Path) -> None:
+    args = TrainingArguments(
+        output_dir=str(tmp_path), per_device_eval_batch_size=0, gradient_accumulation_steps=-1
+    )
+    assert args.per_device_eval_batch_size == 0
+    assert TrainingArguments(output_dir="x", eval_strategy="steps", eval_steps=0).eval_steps == 500
+
+
+@pytest.mark.parametrize("steps", [{"save_steps": 0}, {"logging_steps": -1}])
+def test_steps_that_never_come_are_the_script_s_to_say(
+    steps: dict[str, Any], tmp_path: Path
+) -> None:
+    trainer(tmp_path, max_steps=1, **steps).train()
+
+
 @pytest.mark.parametrize("said_by", ["flag", "nobody"])
 def test_the_launcher_s_output_dir_wins_over_the_script_s(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said_by: str

@@ -74,6 +74,19 @@ def test_an_fsdp_config_is_handed_on_and_recomputation_taken_out() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"distributed_type": "no"},
+        {"distributed_type": False, "dynamo_backend": "NO"},
+        {"dynamo_config": {"dynamo_backend": "NO", "dynamo_mode": "default", "dynamo_use": False}},
+        {"ipex_config": {"ipex": False}},
+    ],
+)
+def test_what_is_off_is_taken_however_it_is_spelled(content: dict[str, Any]) -> None:
+    assert _said(content)["engine.name"] == ("single", "acc.yaml: distributed_type")
+
+
 def test_all_that_can_not_be_followed_is_named_at_once() -> None:
     content = {
         "distributed_type": "MEGATRON_LM",

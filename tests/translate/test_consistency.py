@@ -1,7 +1,9 @@
-"""What transformers refuses when it makes the arguments is refused in a plan already."""
+"""What the ranks refuse when they make arguments, optimizer and schedule is refused in a plan."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +56,55 @@ def test_what_transformers_refuses_is_refused_by_name(
     assert [name for name, _ in found] == [argument]
     with pytest.raises(ValueError):
         TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **values)
+
+
+@pytest.mark.parametrize(
+    ("argument", "values"),
+    [
+        ("seed", {"seed": -1}),
+        ("seed", {"seed": 2**32}),
+        ("learning_rate", {"learning_rate": -1.0}),
+        ("learning_rate", {"learning_rate": -1.0, "optim": "sgd"}),
+        ("adam_beta1", {"adam_beta1": 1.5}),
+        ("adam_beta2", {"adam_beta2": 1}),
+        ("adam_epsilon", {"adam_epsilon": -1e-8}),
+        ("neftune_noise_alpha", {"neftune_noise_alpha": -1.0}),
+        ("debug", {"debug": "foo"}),
+        ("lr_scheduler_kwargs", {"lr_scheduler_kwargs": {"num_cycles": 2}}),
+        ("lr_scheduler_kwargs", {"lr_scheduler_kwargs": {"num_warmup_steps": 2}}),
+        (None, {"learning_rate": -1.0, "optim": "adafactor"}),
+        (None, {"adam_beta1": 1.5, "optim": "sgd"}),
+        (None, {"data_seed": -1, "debug": "underflow_overflow"}),
+        (None, {"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"num_cycles": 2}}),
+        (None, {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}}),
+    ],
+)
+def test_what_transformers_refuses_to_train_with_is_refused_and_nothing_else(
+    argument: str | None, values: dict[str, Any], tmp_path: Path
+) -> None:
+    found = consistency.faults(defaults(load_schema()) | values)
+
+    assert [name for name, _ in found] == ([argument] if argument else [])
+    with pytest.raises((ValueError, TypeError, RuntimeError)) if argument else nullcontext():
+        _train(tmp_path, values)
+
+
+def _train(output_dir: Path, values: dict[str, Any]) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "vocab_size": 8}
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, **size))
+    row = {"input_ids": torch.arange(4), "labels": torch.arange(4)}
+    plain = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "max_steps": 1}
+    args = TrainingArguments(output_dir=str(output_dir), **plain, **values)
+    Trainer(model=model, args=args, train_dataset=[row] * 8).train()
+
+
+def test_a_share_of_warmup_is_one() -> None:
+    found = consistency.faults(defaults(load_schema()) | {"warmup_ratio": 2.0})
+
+    assert list(found) == [("warmup_ratio", "2 is no share of all steps; give 0 to 1")]
 
 
 @pytest.mark.parametrize("values", RIGHT)

@@ -269,6 +269,12 @@ def test_offload_golden() -> None:
             "engine.quantized_weights: DeepSpeed's quantizer needs a GPU; leave it out",
         ),
         (
+            "zero2",
+            EngineOptions(offload_optimizer="cpu", master_dtype="bf16"),
+            "engine.master_dtype: bf16 with an offloaded optimizer needs DeepSpeed's own Adam, and "
+            "the loop hands in torch's; leave one out",
+        ),
+        (
             "fsdp",
             EngineOptions(offload_optimizer="cpu"),
             "engine.offload_optimizer: fsdp has no such option; leave it out, or use zero3",
@@ -279,7 +285,7 @@ def test_options_that_an_engine_lacks_are_refused(
     engine: EngineName, options: EngineOptions, fault: str
 ) -> None:
     with pytest.raises(UnsupportedError) as raised:
-        _json(engine, options=options)
+        _json(engine, values={"bf16": True}, options=options)
 
     assert raised.value.faults == (fault,)
 
@@ -308,6 +314,7 @@ _COMBINATIONS = [
     for offload in _OFFLOADS
     for dtype in _DTYPES
     if engine == "zero3" or offload not in _STAGE_3
+    if dtype != "bf16 masters" or "offload_optimizer" not in _OFFLOADS[offload]
 ]
 
 
@@ -344,6 +351,7 @@ def test_a_given_file_comes_through_to_what_deepspeed_parses(engine: EngineName)
         "prescale_gradients": True,
         "zero_optimization": {
             "stage": int(engine[-1]),
+            "reduce_scatter": False,
             "reduce_bucket_size": 5e7,
             "overlap_comm": True,
             "ignore_unused_parameters": False,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from bigtrain.errors import ConfigError, UnsupportedError
-from bigtrain.translate import topology_for, translate
+from bigtrain.translate import deepspeed_keys, topology_for, translate
 from bigtrain.translate.config import (
     DeepSpeedSettings,
     EngineConfig,
@@ -17,7 +17,14 @@ from bigtrain.translate.config import (
     EngineOptions,
     FsdpSettings,
 )
-from bigtrain.translate.foreign import asked_engine, given_options, implied, shards_by_node
+from bigtrain.translate.foreign import (
+    asked_engine,
+    given_options,
+    implied,
+    implied_origins,
+    shards_by_node,
+)
+from bigtrain.translate.given_json_fates import is_judged
 
 
 def _config(values: dict[str, Any], engine: EngineName, **more: Any) -> EngineConfig:
@@ -111,8 +118,59 @@ def test_fsdp_keys_without_a_counterpart_are_refused_by_name() -> None:
         "hybrid_shard, hybrid_shard_zero2, offload, shard_grad_op",
         "training.fsdp_config: backward_prefetch: 'backward_post' has no counterpart in FSDP2 "
         "here; leave it out",
-        "training.fsdp_config: activation_checkpointing is said by training.gradient_checkpointing "
-        "here",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ("LlamaDecoderLayer, LlamaMLP", ("LlamaDecoderLayer", "LlamaMLP")),
+        ("", ()),
+        ([" A", ""], ("A",)),
+    ],
+)
+def test_class_names_are_read_without_what_is_around_them(
+    names: Any, classes: tuple[str, ...]
+) -> None:
+    values = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": names}}
+
+    assert _config(values, "fsdp").settings == FsdpSettings(shard_size=2, wrap_classes=classes)
+
+
+def test_fsdp_is_spelled_in_all_ways_that_transformers_takes() -> None:
+    config = {
+        "version": "2",
+        "fsdp_min_num_params": "0",
+        "auto_wrap_policy": "transformer_based_wrap",
+        "activation_checkpointing": "true",
+    }
+    for said in (True, "full_shard", ["full_shard", "auto_wrap"]):
+        settings = _config({"fsdp": said, "fsdp_config": config}, "fsdp").settings
+        assert settings == FsdpSettings(shard_size=2)
+    assert asked_engine({"fsdp": False}) is None
+
+
+def test_recomputation_by_fsdp_s_config_is_the_argument_s() -> None:
+    values = {"fsdp": True, "fsdp_config": {"fsdp_activation_checkpointing": True}}
+    refused = {**values, "gradient_checkpointing": False}
+
+    assert implied(values) == {"gradient_checkpointing": (True, "activation_checkpointing")}
+    assert implied({**values, "activation_checkpointing": True}) == {}
+    assert _faults(refused, "fsdp", origins={"training.gradient_checkpointing": "run.yaml:4"}) == [
+        "training.fsdp_config: activation_checkpointing is true there, but "
+        "training.gradient_checkpointing is false (run.yaml:4); neither wins: leave one out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "strategy"), [("hybrid_shard", "FULL_SHARD"), ("full_shard", "HYBRID_SHARD")]
+)
+def test_hybrid_sharding_in_one_place_only_is_told(word: str, strategy: str) -> None:
+    values = {"fsdp": word, "fsdp_config": {"sharding_strategy": strategy}}
+
+    assert _faults(values, "fsdp") == [
+        f"training.fsdp_config: sharding_strategy is {strategy} there, but fsdp's {word} is said; "
+        "neither wins: leave one out"
     ]
 
 
@@ -123,7 +181,7 @@ def test_a_deepspeed_file_is_followed_and_its_autos_resolved(tmp_path: Path) -> 
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 12_345, "overlap_comm": "auto"},
-        "gradient_predivide_factor": 2.0,
+        "memory_breakdown": True,
     }
     path.write_text(json.dumps(given))
 
@@ -135,7 +193,7 @@ def test_a_deepspeed_file_is_followed_and_its_autos_resolved(tmp_path: Path) -> 
     assert settings.json["bf16"]["enabled"] is True
     assert settings.json["zero_optimization"]["reduce_bucket_size"] == 12_345
     assert settings.json["zero_optimization"]["overlap_comm"] is False
-    assert settings.json["gradient_predivide_factor"] == 2.0
+    assert settings.json["memory_breakdown"] is True
 
 
 def test_a_deepspeed_config_that_contradicts_the_arguments_is_refused_whole() -> None:
@@ -276,7 +334,7 @@ def test_hybrid_sharding_of_fsdp1_is_shard_within_a_node_and_replicas_over_nodes
 
 _OFFLOADS: dict[str, Any] = {
     "communication_data_type": "bf16",
-    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True},
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": False},
     "zero_optimization": {
         "stage": 3,
         "offload_optimizer": {"device": "cpu", "ratio": 0.5},
@@ -296,7 +354,7 @@ def test_a_deepspeed_file_is_read_into_engine_options() -> None:
 
     assert found == {
         "reduce_dtype": ("bf16", "communication_data_type"),
-        "master_dtype": ("bf16", "bf16.bf16_master_weights_and_grads"),
+        "master_dtype": ("fp32", "bf16.bf16_master_weights_and_grads"),
         "offload_optimizer": ("cpu", "zero_optimization.offload_optimizer.device"),
         "offload_parameters": ("nvme", "zero_optimization.offload_param.device"),
         "nvme_path": ("/local", "zero_optimization.offload_param.nvme_path"),
@@ -304,12 +362,12 @@ def test_a_deepspeed_file_is_read_into_engine_options() -> None:
         "quantized_weights": (True, "zero_optimization.zero_quantized_weights"),
         "quantized_gradients": (False, "zero_optimization.zero_quantized_gradients"),
     }
-    assert (config.reduce_dtype, config.master_dtype) == ("bf16", "bf16")
+    assert (config.reduce_dtype, config.master_dtype) == ("bf16", "fp32")
     assert isinstance(config.settings, DeepSpeedSettings)
     zero = config.settings.json["zero_optimization"]
     assert zero["offload_optimizer"]["ratio"] == 0.5
     assert zero["offload_param"]["buffer_count"] == 5
-    assert config.settings.json["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert config.settings.json["data_types"] == {"grad_accum_dtype": "fp32"}
     assert config.settings.json["aio"]["block_size"] == 1_048_576
 
 
@@ -340,7 +398,8 @@ def test_every_contradiction_of_a_deepspeed_file_and_the_engine_section_is_told(
         "training.deepspeed: activation_checkpointing.cpu_checkpointing is true there, but only a "
         "model that calls deepspeed.checkpointing itself reads it; leave it out, and recompute by "
         "training.gradient_checkpointing",
-        "training.deepspeed: tensor_parallel: only data parallelism is supported; leave it out",
+        "training.deepspeed: tensor_parallel is set there, but only data parallelism is supported; "
+        "leave it out",
         "training.deepspeed: data_types.grad_accum_dtype is fp32 there, but gradients accumulate "
         "in the masters' precision, bf16; leave it out, or set engine.master_dtype",
         "training.deepspeed: bf16.bf16_optimizer_states is false there, but the optimizer's state "
@@ -353,6 +412,8 @@ def test_every_contradiction_of_a_deepspeed_file_and_the_engine_section_is_told(
         f"engine.offload_optimizer is cpu (run.yaml:9); {neither}",
         "training.deepspeed: zero_optimization.zero_hpz_partition_size is 1 there, but "
         f"engine.secondary_shard is 2; {neither}",
+        "engine.master_dtype: bf16 with an offloaded optimizer needs DeepSpeed's own Adam, and the "
+        "loop hands in torch's; leave one out",
     ]
 
 
@@ -432,6 +493,121 @@ def test_what_the_loop_does_not_run_is_refused_by_name() -> None:
     ]
 
 
+_NOT_TAKEN: list[tuple[dict[str, Any], str]] = [
+    ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is sum there, but the loop divides"),
+    ({"prescale_gradients": True}, "prescale_gradients is true there, but stage 2 scatters"),
+    ({"gradient_predivide_factor": 2}, "gradient_predivide_factor is 2 there, but stage 2 scatter"),
+    ({"sequence_parallel_size": 2}, "sequence_parallel_size is 2 there, but only data parallelism"),
+    ({"pipeline": {"stages": 2}}, "pipeline is set there, but only data parallelism"),
+    ({"bfloat16": {}}, "bfloat16 is set there, but it is an older name; say bf16"),
+    (
+        {"checkpoint": {"tag_validation": "x"}},
+        "checkpoint.tag_validation is x there, but DeepSpeed",
+    ),
+    ({"torch_autocast": {"dtype": "x"}}, "torch_autocast.dtype is x there, but DeepSpeed takes"),
+    ({"data_types": {"buffer_dtype": "x"}}, "data_types.buffer_dtype is x there, but DeepSpeed"),
+    ({"data_types": {"grad_accum_dtype": "x"}}, "data_types.grad_accum_dtype is x there, but Deep"),
+    (
+        {"data_types": {"grad_accum_dtype": "half"}},
+        "data_types.grad_accum_dtype is half there, but",
+    ),
+    (
+        {"zero_optimization.legacy_stage1": True},
+        "zero_optimization.legacy_stage1 is true there, but",
+    ),
+    (
+        {"zero_optimization.elastic_checkpoint": True},
+        "zero_optimization.elastic_checkpoint is true",
+    ),
+    (
+        {"zero_optimization.allgather_bucket_size": 7},
+        "zero_optimization.allgather_bucket_size is 7 ",
+    ),
+    (
+        {"zero_optimization.compute_grad_norm": False},
+        "zero_optimization.compute_grad_norm is false there, but training.max_grad_norm 1.0 clips",
+    ),
+    (
+        {
+            "zero_optimization.stage": 3,
+            "zero_optimization.zero_quantized_nontrainable_weights": True,
+        },
+        "zero_optimization.zero_quantized_nontrainable_weights is true there, but checkpoints here",
+    ),
+    (
+        {"optimizer": {"type": "Adam", "params": {"adam_w_mode": False}}},
+        "optimizer.params.adam_w_mode is false there, but the loop makes AdamW",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "why"), _NOT_TAKEN)
+def test_what_deepspeed_refuses_or_does_otherwise_than_the_loop_is_refused_by_name(
+    given: dict[str, Any], why: str
+) -> None:
+    (told,) = _faults(
+        {"deepspeed": _nested({"zero_optimization.stage": 2, **given})}, _stage(given)
+    )
+
+    assert told.startswith(f"training.deepspeed: {why}")
+
+
+def _stage(given: dict[str, Any]) -> EngineName:
+    return "zero3" if given.get("zero_optimization.stage") == 3 else "zero2"
+
+
+def _nested(given: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path, value in given.items():
+        section, _, key = path.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[key] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"sequence_parallel_size": 1, "tensor_parallel": {}},
+        {"gradient_allreduce_op": "MEAN", "optimizer": None, "scheduler": None},
+        {"data_types": {"grad_accum_dtype": "float32", "keep_in_fp32_modules": ["norm"]}},
+        {"data_types": {"keep_in_fp32_modules": "auto"}},
+        {"zero_optimization.reduce_scatter": False, "prescale_gradients": True},
+        {"zero_optimization.compute_grad_norm": False, "gradient_clipping": 0.0},
+        {"optimizer": {"type": "adam", "params": {"adam_w_mode": True, "torch_adam": True}}},
+    ],
+)
+def test_what_deepspeed_and_the_loop_agree_on_is_taken(given: dict[str, Any]) -> None:
+    values = {"deepspeed": _nested({"zero_optimization.stage": 2, **given})}
+    filled = {field: value for field, (value, _) in implied(values).items()}
+
+    assert _config(values | filled, "zero2").name == "zero2"
+
+
+def test_an_optimizer_of_a_deepspeed_file_must_be_the_run_s() -> None:
+    given = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
+    values = {"deepspeed": given, "optim": "sgd"}
+
+    assert _faults(values, "zero2", origins={"training.optim": "run.yaml:7"}) == [
+        "training.deepspeed: optimizer.type is AdamW there, but training.optim is sgd "
+        "(run.yaml:7); neither wins: make it adamw_torch, or leave one out"
+    ]
+
+
+def test_every_key_that_deepspeed_has_is_judged() -> None:
+    assert [key for key in sorted(deepspeed_keys.every_key()) if not is_judged(key)] == []
+
+
+def test_a_key_that_only_a_newer_deepspeed_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {section: dict(keys) for section, keys in deepspeed_keys._known().items()}
+    known[""]["wonder"] = frozenset()
+    monkeypatch.setattr(deepspeed_keys, "_known", lambda: known)
+
+    assert _faults({"deepspeed": {"zero_optimization": {"stage": 2}, "wonder": 1}}, "zero2") == [
+        "training.deepspeed: wonder: the installed DeepSpeed has it, and bigtrain not yet; leave "
+        "it out"
+    ]
+
+
 def test_what_is_there_but_off_is_named_as_without_effect() -> None:
     given = {
         "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
@@ -491,6 +667,9 @@ def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
     assert _faults({"accelerator_config": {"dispatch_batches": True}}, "ddp") == [
         "training.accelerator_config: dispatch_batches: True is not supported; leave it out"
     ]
+    assert _faults({"accelerator_config": {"split_batch": True}}, "ddp") == [
+        "training.accelerator_config: split_batch is no key of it; did you mean 'split_batches'?"
+    ]
     live = DataLoaderConfiguration(dispatch_batches=True)
     assert len(_faults({"accelerator_config": live}, "ddp")) == 1
     assert _config({"accelerator_config": {"split_batches": True}}, "ddp").name == "ddp"
@@ -506,6 +685,10 @@ def test_parts_of_accelerator_config_that_nobody_reads_are_refused() -> None:
             "{ is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 "
             "(char 1)",
         ),
+        (
+            '{"bf16": {}, "zero_optimization": {"stage": 2, "stage": 3}}',
+            "stage: said twice there; keep one",
+        ),
         ("a\0b", "a\0b: can't be read: embedded null byte"),
     ],
 )
@@ -514,6 +697,20 @@ def test_a_deepspeed_config_that_can_not_be_read_is_named(given: str, message: s
         asked_engine({"deepspeed": given})
 
     assert str(raised.value) == f"training.deepspeed: {message}"
+
+
+def test_what_was_not_said_in_a_file_is_where_it_was_written() -> None:
+    origins = {"training.fsdp": "run.yaml:5", "training.deepspeed": "--set"}
+    text = '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": false}}'
+
+    assert implied_origins({"fsdp": "full_shard offload"}, origins) == {
+        "engine.cpu_offload": "run.yaml:5: offload"
+    }
+    assert implied_origins({"deepspeed": text}, origins) == {"training.bf16": "--set: bf16.enabled"}
+    assert _faults({"deepspeed": text, "bf16": True}, "zero2") == [
+        "training.deepspeed: bf16.enabled is false there, but training.bf16 is true (its default); "
+        'neither wins: make them equal, leave one out, or say "auto" there'
+    ]
 
 
 def test_malformed_sections_and_secrets_of_a_deepspeed_config_are_told_at_once() -> None:
@@ -525,7 +722,10 @@ def test_malformed_sections_and_secrets_of_a_deepspeed_config_are_told_at_once()
         "train_micro_batch_size_per_gpu": 0,
         "optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}},
         "flops_profiler": {"enabled": 1},
+        "fp16": {"min_loss_scale": 0},
+        "data_types": {"keep_in_fp32_modules": "norm"},
     }
+    given["optimizer"]["params"]["betas"] = [0.9]
     with pytest.raises(ConfigError) as raised:
         asked_engine({"deepspeed": given})
 
@@ -538,6 +738,9 @@ def test_malformed_sections_and_secrets_of_a_deepspeed_config_are_told_at_once()
         "number",
         "training.deepspeed: gradient_accumulation_steps is '4' there, not a whole number",
         "training.deepspeed: flops_profiler.enabled is 1 there, not true or false",
+        "training.deepspeed: fp16.min_loss_scale is 0 there; it must be more than 0",
+        "training.deepspeed: data_types.keep_in_fp32_modules is 'norm' there, not a list",
+        "training.deepspeed: optimizer.params.betas is [0.9] there, not two numbers",
         "training.deepspeed: train_micro_batch_size_per_gpu: 0 is too small; it must be at least 1",
         "training.deepspeed: optimizer.params.lr is '1e-4' there, not a number",
     ]

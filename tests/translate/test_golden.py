@@ -32,6 +32,7 @@ _GIVEN = {
     "zero_optimization": {
         "stage": 3,
         "overlap_comm": False,
+        "reduce_scatter": False,
         "reduce_bucket_size": "auto",
         "sub_group_size": 1e8,
         "offload_optimizer": {"device": "cpu", "pin_memory": False},
