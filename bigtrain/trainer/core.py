@@ -200,6 +200,7 @@ class TrainerCore:
         model = self.model_init(trial) if expected == 1 else self.model_init()
         if model is None:
             raise RuntimeError("model_init should not return None.")
+        introspection.check_is_module(model, source="what model_init returns")
         return model
 
     def _adopt_model(self, model: nn.Module) -> None:

@@ -188,6 +188,21 @@ def test_a_plain_loader_from_an_override_is_used_as_it_is(tmp_path: Path) -> Non
             "but not both",
         ),
         (
+            lambda out: Trainer(model="gpt2", args=arguments(out)),  # type: ignore[arg-type]
+            TypeError,
+            "model must be an nn.Module, not the string 'gpt2': give what `from_pretrained` loads",
+        ),
+        (
+            lambda out: Trainer(model=Regression, args=arguments(out)),  # type: ignore[arg-type]
+            TypeError,
+            "model must be an nn.Module, not the class Regression: give an instance of it",
+        ),
+        (
+            lambda out: Trainer(model_init=lambda: llama, args=arguments(out)),
+            TypeError,
+            "what model_init returns must be an nn.Module, not a function",
+        ),
+        (
             lambda out: trainer(out, data=Stream(4)),
             ValueError,
             "max_steps has to be specified",
