@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bigtrain.engine.protocol import Engine
+from bigtrain.engine.state import nothing_learns
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
 from bigtrain.trainer import collectives, plugins, sharding
@@ -185,7 +186,10 @@ class Accelerator(Processes):
         return bool(self.gradient_state.sync_gradients)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """The engine's backward pass. `kwargs` are for optimizers that need their own."""
+        """The engine's backward pass. `kwargs` are for optimizers that need their own. ConfigError
+        where no weight could learn from it."""
+        if not loss.requires_grad and self.trained is not None:
+            raise nothing_learns(self.trained)
         if kwargs:
             loss.backward(**kwargs)
         else:
