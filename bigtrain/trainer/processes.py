@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -56,6 +57,11 @@ class Processes:
     @property
     def use_distributed(self) -> bool:
         return self.ranks.world_size > 1
+
+    @property
+    def backend(self) -> str | None:
+        """Of the process group; None where a process is alone."""
+        return str(dist.get_backend()) if self.use_distributed else None
 
     @property
     def multi_device(self) -> bool:

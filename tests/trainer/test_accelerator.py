@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader
 
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
+from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.trainer import Trainer
 from tests.engine.harness import run_ranks
 from tests.trainer.samples import Points, Regression, Sentences, arguments, trainer
@@ -36,9 +39,37 @@ def test_a_public_name_is_there_or_says_what_to_do_instead(run: Trainer, name: s
             getattr(run.accelerator, name)
 
 
+@pytest.mark.parametrize("part", ["accelerator", "accelerator.state"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+def test_what_accelerate_holds_is_there_with_its_value_or_says_what_to_do_instead(
+    tmp_path: Path, part: str, precision: dict[str, Any]
+) -> None:
+    theirs, ours = (
+        operator.attrgetter(part)(
+            kind(model=Regression(), args=arguments(tmp_path, kind=args, **precision))
+        )
+        for kind, args in (
+            (transformers.Trainer, transformers.TrainingArguments),
+            (Trainer, TrainingArguments),
+        )
+    )
+    for name, value in vars(theirs).items():
+        if name.startswith("_"):
+            continue
+        try:
+            answer = getattr(ours, name)
+        except UnsupportedError as said:
+            assert f"trainer.accelerator has no {name}: " in str(said)
+            continue
+        if isinstance(value, (type(None), bool, int, str, list)):
+            assert answer == value, name
+
+
 def test_most_of_what_scripts_use_is_there(run: Trainer) -> None:
     missing = [name for name in PUBLIC if not hasattr(run.accelerator, name)]
     assert len(missing) < 30 and all(hasattr(run.accelerator.state, name) for name in STATE)
+    with pytest.raises(UnsupportedError, match="no deepspeed_config: accelerator.deepspeed_plugin"):
+        _ = run.accelerator.deepspeed_config
     with pytest.raises(AttributeError, match="no attribute 'whatever'"):
         _ = run.accelerator.whatever
 
