@@ -77,6 +77,9 @@ to do instead.
 - **Seq2SeqTrainer on a set that does not divide by the batch** counts every sample once;
   transformers' counts a short last batch as a whole one, so its `eval_loss` is another.
   Predictions are as wide as the longest generation that was asked for.
+- **A model in bf16 or fp16** is trained on fp32 masters of what it learns with, whatever it came
+  in, and saved in the precision that it came in; transformers' updates such weights themselves.
+  On single and ddp one in float64 stays that.
 - **An evaluation set without a length** counts every sample once too. Among several ranks that
   holds for all sets, and for loaders of your own: a batch's loss counts by its samples.
 - **`output_dir` holds `.bigtrain-lease/`** while a training that saves runs in it, and no longer

@@ -131,6 +131,12 @@ def test_a_loss_that_is_no_number_is_filtered_the_same(tmp_path: Path) -> None:
     assert repr(history(ours)) == repr(history(theirs))
 
 
+def test_a_model_in_float64_is_trained_in_it(tmp_path: Path) -> None:
+    theirs, ours = both(tmp_path, model=lambda: tiny_llama().double(), max_steps=3)
+    assert_same(theirs, ours)
+    assert ours.model.dtype == torch.float64
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     guesses = prediction.predictions.argmax(-1)
     counts = prediction.label_ids != -100
