@@ -222,10 +222,9 @@ class Accelerator(Processes):
     ) -> Any:
         return collectives.pad(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
-    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
-        gathered: Tensor = collectives.gather(tensor[None])
-        reduced = gathered.sum(dim=0) if reduction == "sum" else gathered.mean(dim=0)
-        return reduced * scale
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Sum, mean or max over ranks. `scale` counts on TPUs alone, in accelerate too."""
+        return collectives.reduce(tensor, reduction)
 
     def clip_grad_norm_(
         self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0

@@ -149,6 +149,24 @@ def test_ranks_take_turns_and_shares(tmp_path: Path) -> None:
     ]
 
 
+def _reduced(world: RankInfo, folder: str) -> list[Any]:
+    """By the trainer's accelerator, and by accelerate itself."""
+    rank = float(world.rank)
+    data = {"a": torch.tensor([1.0, 4.0]) * (rank + 1), "b": [torch.tensor(rank)]}
+    ours = trainer(folder, data=Sentences(8)).accelerator
+    found = []
+    for accelerator in (ours, accelerate.Accelerator(cpu=True)):
+        values = [accelerator.reduce(data, how, 0.5) for how in ("sum", "mean", "max", "none")]
+        found.append([[one["a"].tolist(), one["b"][0].item()] for one in values])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_values_are_reduced_as_accelerate_reduces_them(tmp_path: Path, ranks: int) -> None:
+    for ours, theirs in run_ranks(ranks, _reduced, str(tmp_path)):
+        assert ours == theirs
+
+
 def test_deepspeeds_config_can_be_asked_for(tmp_path: Path) -> None:
     config = {
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
