@@ -37,7 +37,7 @@ from bigtrain.engine import process_group
 from bigtrain.engine.factory import build_engine
 from bigtrain.engine.protocol import Engine
 from bigtrain.plan import RunPlan
-from bigtrain.trainer import choice, environment, introspection
+from bigtrain.trainer import choice, environment, introspection, processes
 from bigtrain.trainer.accelerator import Accelerator
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.reporter import Reporter
@@ -102,6 +102,7 @@ class TrainerCore:
             process_group.join(
                 self.args.ranks, device=self.args.device, timeout_s=self.args.ddp_timeout
             )
+        processes.tell_accelerate(self.args.ranks, self.args.device)
         self._use_engine(engine or self._build_engine())
         self._stop = StopFlag(device=self.engine.device, is_armed=self._plan is not None)
         self._has_exchanged = False  # whether this batch's all-reduce has carried the stop flag

@@ -10,6 +10,9 @@ import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.logging import get_logger
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -165,6 +168,24 @@ def _reduced(world: RankInfo, folder: str) -> list[Any]:
 def test_values_are_reduced_as_accelerate_reduces_them(tmp_path: Path, ranks: int) -> None:
     for ours, theirs in run_ranks(ranks, _reduced, str(tmp_path)):
         assert ours == theirs
+
+
+def _asked_of_accelerate(world: RankInfo, folder: str) -> list[Any]:
+    PartialState._reset_state()
+    trainer(folder, data=Sentences(8))
+    get_logger(__name__).info("refused while accelerate knows no process")
+    state, own = PartialState(), accelerate.Accelerator(cpu=True)
+    gathered = gather_object([world.rank])
+    summed = own.reduce(torch.tensor(world.rank + 1.0)).item()
+    return [gathered, summed, state.process_index, state.is_main_process, own.num_processes]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerates_own_functions_know_the_ranks(tmp_path: Path, ranks: int) -> None:
+    everyone = list(range(ranks))
+    assert run_ranks(ranks, _asked_of_accelerate, str(tmp_path)) == [
+        [everyone, sum(everyone) + ranks, rank, rank == 0, ranks] for rank in everyone
+    ]
 
 
 def test_deepspeeds_config_can_be_asked_for(tmp_path: Path) -> None:
