@@ -18,7 +18,13 @@ from torch.optim import Optimizer
 from bigtrain.engine import precision, process_group, rank_zero, zero_layout
 from bigtrain.engine.opaque import seat_of
 from bigtrain.engine.protocol import LocalTensor, StateSource, StepResult
-from bigtrain.engine.state import load_groups, named_parameters, optimized_names, plain_groups
+from bigtrain.engine.state import (
+    load_groups,
+    named_parameters,
+    nothing_learns,
+    optimized_names,
+    plain_groups,
+)
 from bigtrain.engine.zero_state import ZeroState
 from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.topology import RankInfo
@@ -68,6 +74,8 @@ class DeepSpeedEngine:
 
     def prepare(self, model: nn.Module, optimizer: Optimizer | None) -> nn.Module:
         names = optimized_names(model, optimizer) if optimizer is not None else []
+        if optimizer is not None and not _trains_any(optimizer):
+            raise nothing_learns(model)
         self._release()
         self._spread(model)
         if optimizer is not None:
@@ -254,6 +262,11 @@ class DeepSpeedEngine:
         if self.optimizer is None:
             raise RuntimeError(f"engine {self.name} was prepared without an optimizer")
         return self._deepspeed
+
+
+def _trains_any(optimizer: Optimizer) -> bool:
+    groups = (group["params"] for group in optimizer.param_groups)
+    return any(parameter.requires_grad for group in groups for parameter in group)
 
 
 # What DeepSpeed's dynamic loss scale knows besides the scale itself.

@@ -28,9 +28,13 @@ def torch_dtype(name: DTypeName) -> torch.dtype:
 
 
 def keep_masters(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn the trained parameters into `dtype` in place: an optimizer made on them stays right."""
+    """Turn the trained parameters into `dtype` in place: an optimizer made on them stays right.
+
+    A model in float64 stays what it was made, unless its masters are to be less than fp32.
+    """
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point():
+        is_exact = parameter.dtype == torch.float64 and dtype == torch.float32
+        if parameter.requires_grad and parameter.is_floating_point() and not is_exact:
             parameter.data = parameter.data.to(dtype)
 
 

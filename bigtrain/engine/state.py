@@ -79,6 +79,20 @@ def optimized_names(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
     return groups
 
 
+def nothing_learns(model: nn.Module) -> ConfigError:
+    """The error for a training that could change no weight."""
+    name = type(model).__name__.removeprefix("FSDP")  # `fully_shard` renames the class
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        return ConfigError(
+            f"the loss does not depend on any weight of {name} that is trained: it was computed "
+            "without gradients (under no_grad, or from detached tensors)"
+        )
+    return ConfigError(
+        f"nothing in {name} is to be trained: none of its parameters has requires_grad; unfreeze "
+        "some, or add an adapter"
+    )
+
+
 def plain_groups(optimizer: Optimizer, names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """The optimizer's groups as plain values, with parameters by name."""
     return [

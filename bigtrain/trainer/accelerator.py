@@ -6,6 +6,7 @@ group.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -25,32 +26,15 @@ from torch.utils.data import DataLoader
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from bigtrain.engine.protocol import Engine
+from bigtrain.engine.state import nothing_learns
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
 from bigtrain.trainer import collectives, plugins, sharding
+from bigtrain.trainer.accelerate_names import ANSWERS, INSTEAD
 from bigtrain.trainer.processes import Processes
 from bigtrain.translate.config import EngineSettings
 
 _WRAPPERS = (DistributedDataParallel, DataParallel)
-
-
-# What accelerate has and the trainer does in another way, with that way.
-_INSTEAD = {
-    "save_state": "the trainer saves: save_strategy, or trainer.save_model",
-    "load_state": "trainer.train(resume_from_checkpoint=…) loads",
-    "save_model": "trainer.save_model writes the whole model on every engine",
-    "register_for_checkpointing": "a callback with a state (ExportableState) is saved with the "
-    "checkpoint",
-    "register_save_state_pre_hook": "override trainer._save_checkpoint",
-    "register_load_state_pre_hook": "override trainer._load_from_checkpoint",
-    "init_trackers": "report_to says where logs go",
-    "get_tracker": "report_to says where logs go",
-    "log": "trainer.log(values) logs to all that report_to names",
-    "prepare_optimizer": "the engine prepares what the trainer trains; give it as optimizers=",
-    "join_uneven_inputs": "every rank gets equally many batches",
-    "profile": "use torch.profiler in a callback",
-    "lomo_backward": "accelerator.backward(loss, learning_rate=…)",
-}
 
 
 class NotInStandInError(UnsupportedError, AttributeError):
@@ -70,6 +54,7 @@ class Accelerator(Processes):
         data_seed: int | None,
         settings: EngineSettings,
     ) -> None:
+        vars(self).update(copy.deepcopy(dict(ANSWERS)))
         self._config, self._data_seed = config, data_seed
         self.trained: nn.Module | None = None
         """The trainer's own model, which the engine prepares."""
@@ -87,8 +72,6 @@ class Accelerator(Processes):
         # Of this trainer alone: the state above is shared by all of a process.
         self.syncs_each_batch = bool(accumulation.get("sync_each_batch", False))
         """Whether gradients are reduced after every micro-batch, as the arguments ask."""
-        self.parallelism_config = None
-        self.scaler = None
         self.split_batches = config.split_batches
         self.dispatch_batches = config.dispatch_batches
         self.even_batches = config.even_batches
@@ -157,6 +140,10 @@ class Accelerator(Processes):
         return self
 
     @property
+    def native_amp(self) -> bool:
+        return self.mixed_precision != "no"
+
+    @property
     def is_fsdp2(self) -> bool:
         return self.fsdp_plugin is not None
 
@@ -174,8 +161,8 @@ class Accelerator(Processes):
         return nullcontext()
 
     def __getattr__(self, name: str) -> Any:
-        if name in _INSTEAD or (not name.startswith("_") and hasattr(accelerate.Accelerator, name)):
-            instead = _INSTEAD.get(name, "bigtrain trains on its engines, without accelerate")
+        if name in INSTEAD or (not name.startswith("_") and hasattr(accelerate.Accelerator, name)):
+            instead = INSTEAD.get(name, "bigtrain trains on its engines, without accelerate")
             raise NotInStandInError(f"trainer.accelerator has no {name}: {instead}")
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -185,7 +172,10 @@ class Accelerator(Processes):
         return bool(self.gradient_state.sync_gradients)
 
     def backward(self, loss: Tensor, **kwargs: Any) -> None:
-        """The engine's backward pass. `kwargs` are for optimizers that need their own."""
+        """The engine's backward pass. `kwargs` are for optimizers that need their own. ConfigError
+        where no weight could learn from it."""
+        if not loss.requires_grad and self.trained is not None:
+            raise nothing_learns(self.trained)
         if kwargs:
             loss.backward(**kwargs)
         else:
@@ -232,10 +222,9 @@ class Accelerator(Processes):
     ) -> Any:
         return collectives.pad(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
-    def reduce(self, tensor: Tensor, reduction: str = "sum", scale: float = 1.0) -> Tensor:
-        gathered: Tensor = collectives.gather(tensor[None])
-        reduced = gathered.sum(dim=0) if reduction == "sum" else gathered.mean(dim=0)
-        return reduced * scale
+    def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
+        """Sum, mean or max over ranks. `scale` counts on TPUs alone, in accelerate too."""
+        return collectives.reduce(tensor, reduction)
 
     def clip_grad_norm_(
         self, parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0

@@ -37,6 +37,20 @@ def _gather_tensor(tensor: Tensor) -> Tensor:
     return torch.cat(pieces)
 
 
+def reduce(data: Any, reduction: str) -> Any:
+    """A copy of `data` with every tensor's sum over the ranks, or its "mean" or "max"."""
+
+    def reduce_tensor(tensor: Tensor) -> Tensor:
+        reduced = tensor.clone()
+        if world_size() > 1:
+            dist.all_reduce(reduced, dist.ReduceOp.MAX if reduction == "max" else dist.ReduceOp.SUM)
+            if reduction == "mean":
+                reduced /= world_size()
+        return reduced
+
+    return recursively_apply(reduce_tensor, data, error_on_other_type=True)
+
+
 def gather_objects(data: Any) -> Any:
     """The ranks' lists one after another; `data` itself where there is one rank."""
     if world_size() == 1:

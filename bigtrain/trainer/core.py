@@ -37,7 +37,7 @@ from bigtrain.engine import process_group
 from bigtrain.engine.factory import build_engine
 from bigtrain.engine.protocol import Engine
 from bigtrain.plan import RunPlan
-from bigtrain.trainer import choice, environment, introspection
+from bigtrain.trainer import choice, environment, introspection, processes
 from bigtrain.trainer.accelerator import Accelerator
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.reporter import Reporter
@@ -79,6 +79,10 @@ class TrainerCore:
     is_in_train: bool
     is_model_parallel: bool
     place_model_on_device: bool
+    deepspeed: nn.Module | None
+    """DeepSpeed's wrapper of the model, once a ZeRO engine has made it."""
+    is_fsdp_xla_enabled = is_fsdp_xla_v1_enabled = is_fsdp_xla_v2_enabled = False
+    is_distributed_loading_by_transformers = False
     current_flos: float
     _memory_tracker: TrainerMemoryTracker
     _eval_dataloaders: dict[str, Any]
@@ -98,6 +102,7 @@ class TrainerCore:
             process_group.join(
                 self.args.ranks, device=self.args.device, timeout_s=self.args.ddp_timeout
             )
+        processes.tell_accelerate(self.args.ranks, self.args.device)
         self._use_engine(engine or self._build_engine())
         self._stop = StopFlag(device=self.engine.device, is_armed=self._plan is not None)
         self._has_exchanged = False  # whether this batch's all-reduce has carried the stop flag
@@ -161,13 +166,18 @@ class TrainerCore:
         self.engine = engine
         self.create_accelerator_and_postprocess()
         self.accelerator.prepare_trained = self._prepare_trained
-        self._is_prepared = False
+        self._is_prepared, self.deepspeed = False, None
 
     def _prepare_to_evaluate(self) -> None:
         """Make the model the engine's without an optimizer, if nothing has prepared it yet."""
         if not self._is_prepared:
-            self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)
-            self._is_prepared = True
+            self._take_wrapped(self.accelerator.prepare_model(self.model, evaluation_mode=True))
+
+    def _take_wrapped(self, wrapped: nn.Module) -> None:
+        """The model as the engine has prepared it."""
+        self.model_wrapped, self._is_prepared = wrapped, True
+        by_deepspeed = self.is_deepspeed_enabled and wrapped is not self.model
+        self.deepspeed = wrapped if by_deepspeed else None
 
     def _prepare_trained(self) -> tuple[nn.Module, Optimizer | None]:
         """Model and optimizer as the engine trains them, for a loop of the script's own."""
@@ -191,6 +201,7 @@ class TrainerCore:
         model = self.model_init(trial) if expected == 1 else self.model_init()
         if model is None:
             raise RuntimeError("model_init should not return None.")
+        introspection.check_is_module(model, source="what model_init returns")
         return model
 
     def _adopt_model(self, model: nn.Module) -> None:

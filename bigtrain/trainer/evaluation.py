@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_pt_utils import (
     EvalLoopContainer,
     IterableDatasetShard,
@@ -177,7 +177,8 @@ class Evaluation(Prediction, Reporting):
         num_seen = 0
         for step, inputs in enumerate(self._until_stopped(dataloader)):
             num_seen += find_batch_size(inputs) or 0
-            batch = self._evaluate_batch(model, inputs, prediction_loss_only, ignore_keys)
+            repeats = self._repeats(inputs, dataloader)
+            batch = self._evaluate_batch(model, inputs, prediction_loss_only, ignore_keys, repeats)
             self._collect(collected, batch, keeps_batches=keeps_batches)
             self._fire("on_prediction_step")
             if args.batch_eval_metrics:
@@ -212,14 +213,15 @@ class Evaluation(Prediction, Reporting):
         inputs: dict[str, Any],
         loss_only: bool,
         ignore_keys: list[str] | None,
+        repeats: int,
     ) -> dict[str, Any]:
-        """Loss, predictions, labels and inputs of one batch of all ranks."""
+        """Loss (`repeats` times a rank), predictions, labels and inputs of a batch of all ranks."""
         loss, logits, labels = self.prediction_step(
             model, inputs, loss_only, ignore_keys=ignore_keys
         )
         batch: dict[str, Any] = dict.fromkeys(("losses", "predictions", "labels", "inputs"))
         if loss is not None:
-            batch["losses"] = self.gather_function(loss.repeat(self._eval_batch_size(inputs)))
+            batch["losses"] = self.gather_function(loss.repeat(repeats))
         if "inputs" in self.args.include_for_metrics:
             name = getattr(self.model, "main_input_name", "input_ids")
             batch["inputs"] = self._gather_padded(self._prepare_input(inputs[name]))
@@ -234,9 +236,18 @@ class Evaluation(Prediction, Reporting):
             batch["labels"] = self.gather_function(labels)
         return batch
 
-    def _eval_batch_size(self, inputs: dict[str, Any]) -> int:
-        """Samples of this rank in a batch: of a dataset without a length, the last has fewer."""
-        return find_batch_size(inputs) or self.args.eval_batch_size
+    def _repeats(self, inputs: dict[str, Any], dataloader: Any) -> int:
+        """How often this rank counts a batch's loss.
+
+        In one process as transformers does, where it is cut afterwards to what the last batch has
+        of the dataset. Among several ranks, and of a dataset without a length, by its samples.
+        """
+        whole: int = self.args.eval_batch_size
+        dataset = getattr(dataloader, "dataset", None)
+        has_end = not isinstance(dataset, IterableDataset) or has_length(dataset)
+        if has_end and self.accelerator.num_processes == 1:
+            return whole
+        return find_batch_size(inputs) or whole
 
     def _gather_predictions(self, predictions: Any, inputs: dict[str, Any]) -> Any:
         """Predictions of all ranks, one for every sample of a batch."""
@@ -379,7 +390,10 @@ class Evaluation(Prediction, Reporting):
 
 
 def _with_prefix(metrics: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        key if key.startswith(f"{prefix}_") else f"{prefix}_{key}": value
-        for key, value in metrics.items()
-    }
+    """As transformers has them: first what bears the prefix already, then all that gets it now,
+    which wins where both are there."""
+    prefixed = dict(metrics)
+    for key in metrics:
+        if not key.startswith(f"{prefix}_"):
+            prefixed[f"{prefix}_{key}"] = prefixed.pop(key)
+    return prefixed

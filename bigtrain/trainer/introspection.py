@@ -42,6 +42,19 @@ def inspect_model(model: nn.Module) -> ModelFacts:
     )
 
 
+def check_is_module(model: Any, *, source: str) -> None:
+    """Raises TypeError for what is no model, such as a model's name or its class."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        found = f"the class {model.__name__}: give an instance of it"
+    elif isinstance(model, str):
+        found = f"the string {model!r}: give what `from_pretrained` loads"
+    else:
+        found = f"a {type(model).__name__}"
+    raise TypeError(f"{source} must be an nn.Module, not {found}")
+
+
 def check_trainable(model: nn.Module) -> None:
     """Raises ValueError for a model without a head, or one quantised so that it can't learn."""
     name = model.__class__.__name__

@@ -69,8 +69,7 @@ def prepare_engine(trainer: Start, checkpoint: Path | None) -> None:
         return
     wrapped = trainer.engine.prepare(trainer.model, trainer.optimizer)
     trainer.optimizer = trainer.engine.optimizer
-    trainer.model_wrapped = _compiled(wrapped, trainer.args)
-    trainer._is_prepared = True
+    trainer._take_wrapped(_compiled(wrapped, trainer.args))
 
 
 def _compiled(model: nn.Module, args: TrainingArguments) -> nn.Module:

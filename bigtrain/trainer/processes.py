@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
@@ -16,6 +17,25 @@ from bigtrain.topology import RankInfo
 from bigtrain.trainer import collectives
 
 _Function = Callable[..., Any]
+
+
+def tell_accelerate(ranks: RankInfo, device: torch.device) -> None:
+    """Let accelerate's own functions and loggers, which scripts call too, know this process's
+    place. By itself `PartialState` asks the environment, and on a CPU takes each rank as alone."""
+    known: Any = PartialState._shared_state
+    place = {"num_processes": ranks.world_size, "process_index": ranks.rank}
+    if place.items() <= known.items():
+        return  # the script has made it
+    known.update(
+        place,
+        local_process_index=ranks.local_rank,
+        distributed_type=_distributed_type(ranks, device),
+        backend=dist.get_backend() if ranks.world_size > 1 else None,
+        device=device,
+        debug=False,
+        fork_launched=False,
+        _cpu=device.type == "cpu",
+    )
 
 
 class Processes:
@@ -58,16 +78,18 @@ class Processes:
         return self.ranks.world_size > 1
 
     @property
+    def backend(self) -> str | None:
+        """Of the process group; None where a process is alone."""
+        return str(dist.get_backend()) if self.use_distributed else None
+
+    @property
     def multi_device(self) -> bool:
         return self.use_distributed
 
     @property
     def distributed_type(self) -> DistributedType:
         """As of a plain data-parallel run: what differs between engines is theirs alone."""
-        if not self.use_distributed:
-            return DistributedType.NO
-        on_cpu = self.device.type == "cpu"
-        return DistributedType.MULTI_CPU if on_cpu else DistributedType.MULTI_GPU
+        return _distributed_type(self.ranks, self.device)
 
     # ---- One of them ----
 
@@ -135,6 +157,12 @@ class Processes:
         if is_set:
             self._is_triggered = False
         return is_set
+
+
+def _distributed_type(ranks: RankInfo, device: torch.device) -> DistributedType:
+    if ranks.world_size == 1:
+        return DistributedType.NO
+    return DistributedType.MULTI_CPU if device.type == "cpu" else DistributedType.MULTI_GPU
 
 
 def _only(function: _Function, is_meant: Callable[[], bool]) -> _Function:

@@ -24,7 +24,7 @@ from transformers.trainer_utils import SaveStrategy, has_length
 from bigtrain import rank_logging
 from bigtrain.engine.protocol import Engine
 from bigtrain.errors import UnsupportedError
-from bigtrain.trainer import adoption, preparation, theirs
+from bigtrain.trainer import adoption, introspection, preparation, theirs
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.loop import Loop
 
@@ -115,6 +115,8 @@ class Trainer(Loop):
             raise ValueError(
                 "`Trainer` requires either a `model` or `model_init` argument, but not both."
             )
+        if model is not None:
+            introspection.check_is_module(model, source="model")
 
     def _make_label_smoother(self) -> LabelSmoother | None:
         factor = self.args.label_smoothing_factor

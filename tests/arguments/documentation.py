@@ -55,6 +55,15 @@ WHERE = {
     "from fp32 masters (O1, O2) or fp16 ones (O3). zero: DeepSpeed's fp16 with fp32 masters (O1, "
     "O2); O3 is refused",
 }
+_OF_DDP = "ddp's own; no effect on other engines"
+# Where what becomes of an argument is not the same on all engines.
+OTHERS = {
+    "ddp_backend": "follows from the device: gloo on CPUs, nccl on GPUs; another one is refused",
+    "ddp_broadcast_buffers": _OF_DDP,
+    "ddp_bucket_cap_mb": _OF_DDP,
+    "ddp_find_unused_parameters": _OF_DDP,
+    "ddp_static_graph": _OF_DDP,
+}
 DIFFERENCES = """
 `trainer.accelerator` answers what scripts ask accelerate's `Accelerator` for (place, gather,
 loaders, `save`, `main_process_first`, `skip_first_batches`, …); what it lacks says by name what
@@ -68,6 +77,15 @@ to do instead.
 - **Seq2SeqTrainer on a set that does not divide by the batch** counts every sample once;
   transformers' counts a short last batch as a whole one, so its `eval_loss` is another.
   Predictions are as wide as the longest generation that was asked for.
+- **A model in bf16 or fp16** is trained on fp32 masters of what it learns with, whatever it came
+  in, and saved in the precision that it came in; transformers' updates such weights themselves.
+  On single and ddp one in float64 stays that.
+- **An evaluation set without a length** counts every sample once too. Among several ranks that
+  holds for all sets, and for loaders of your own: a batch's loss counts by its samples.
+- **`output_dir` holds `.bigtrain-lease/`** while a training that saves runs in it, and no longer
+  when `train()` has returned or raised (that of a killed one goes with the next). It keeps a second
+  run out, also one of another host, which sees nothing but the directory: a file lock over NFS
+  proves nothing.
 - **An override of `_save` or `save_model`** is called while a checkpoint is made: the directory
   that it gets is a staging one, which gets the name `checkpoint-<step>` when all is written,
   and only the main process calls it. Sharded engines write their own files, and call neither
@@ -117,7 +135,7 @@ def _others() -> Iterator[str]:
     for name in sorted(set(load_schema()) - set(ARGUMENT_ROWS)):
         rule = FATES[name]
         kind = {"refused": "refused: ", "no_effect": "no effect: "}.get(rule.fate, "")
-        yield f"| `{name}` | {kind}{rule.detail} |"
+        yield f"| `{name}` | {OTHERS.get(name, kind + rule.detail)} |"
 
 
 def _methods() -> Iterator[str]:

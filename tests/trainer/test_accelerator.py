@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 from typing import Any
 
 import accelerate
 import pytest
 import torch
+import transformers
+from accelerate.logging import get_logger
+from accelerate.state import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 
 from bigtrain.errors import UnsupportedError
 from bigtrain.topology import RankInfo
+from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.trainer import Trainer
 from tests.engine.harness import run_ranks
 from tests.trainer.samples import Points, Regression, Sentences, arguments, trainer
@@ -36,9 +42,37 @@ def test_a_public_name_is_there_or_says_what_to_do_instead(run: Trainer, name: s
             getattr(run.accelerator, name)
 
 
+@pytest.mark.parametrize("part", ["accelerator", "accelerator.state"])
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}], ids=["fp32", "bf16"])
+def test_what_accelerate_holds_is_there_with_its_value_or_says_what_to_do_instead(
+    tmp_path: Path, part: str, precision: dict[str, Any]
+) -> None:
+    theirs, ours = (
+        operator.attrgetter(part)(
+            kind(model=Regression(), args=arguments(tmp_path, kind=args, **precision))
+        )
+        for kind, args in (
+            (transformers.Trainer, transformers.TrainingArguments),
+            (Trainer, TrainingArguments),
+        )
+    )
+    for name, value in vars(theirs).items():
+        if name.startswith("_"):
+            continue
+        try:
+            answer = getattr(ours, name)
+        except UnsupportedError as said:
+            assert f"trainer.accelerator has no {name}: " in str(said)
+            continue
+        if isinstance(value, (type(None), bool, int, str, list)):
+            assert answer == value, name
+
+
 def test_most_of_what_scripts_use_is_there(run: Trainer) -> None:
     missing = [name for name in PUBLIC if not hasattr(run.accelerator, name)]
     assert len(missing) < 30 and all(hasattr(run.accelerator.state, name) for name in STATE)
+    with pytest.raises(UnsupportedError, match="no deepspeed_config: accelerator.deepspeed_plugin"):
+        _ = run.accelerator.deepspeed_config
     with pytest.raises(AttributeError, match="no attribute 'whatever'"):
         _ = run.accelerator.whatever
 
@@ -115,6 +149,42 @@ def test_ranks_take_turns_and_shares(tmp_path: Path) -> None:
     assert run_ranks(2, _on_two_ranks, str(tmp_path)) == [
         [[], ["a", "b"], True, 2],
         [["first"], ["c"], True, 2],
+    ]
+
+
+def _reduced(world: RankInfo, folder: str) -> list[Any]:
+    """By the trainer's accelerator, and by accelerate itself."""
+    rank = float(world.rank)
+    data = {"a": torch.tensor([1.0, 4.0]) * (rank + 1), "b": [torch.tensor(rank)]}
+    ours = trainer(folder, data=Sentences(8)).accelerator
+    found = []
+    for accelerator in (ours, accelerate.Accelerator(cpu=True)):
+        values = [accelerator.reduce(data, how, 0.5) for how in ("sum", "mean", "max", "none")]
+        found.append([[one["a"].tolist(), one["b"][0].item()] for one in values])
+    return found
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_values_are_reduced_as_accelerate_reduces_them(tmp_path: Path, ranks: int) -> None:
+    for ours, theirs in run_ranks(ranks, _reduced, str(tmp_path)):
+        assert ours == theirs
+
+
+def _asked_of_accelerate(world: RankInfo, folder: str) -> list[Any]:
+    PartialState._reset_state()
+    trainer(folder, data=Sentences(8))
+    get_logger(__name__).info("refused while accelerate knows no process")
+    state, own = PartialState(), accelerate.Accelerator(cpu=True)
+    gathered = gather_object([world.rank])
+    summed = own.reduce(torch.tensor(world.rank + 1.0)).item()
+    return [gathered, summed, state.process_index, state.is_main_process, own.num_processes]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerates_own_functions_know_the_ranks(tmp_path: Path, ranks: int) -> None:
+    everyone = list(range(ranks))
+    assert run_ranks(ranks, _asked_of_accelerate, str(tmp_path)) == [
+        [everyone, sum(everyone) + ranks, rank, rank == 0, ranks] for rank in everyone
     ]
 
 

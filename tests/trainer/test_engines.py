@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from bigtrain.errors import UnsupportedError
+from bigtrain.errors import ConfigError, UnsupportedError
 from bigtrain.topology import RankInfo
+from bigtrain.trainer.trainer import Trainer
 from tests.engine.harness import run_ranks
-from tests.trainer.samples import Points, Regression, Sentences, losses, trainer
+from tests.trainer.samples import (
+    Points,
+    Regression,
+    Sentences,
+    arguments,
+    losses,
+    tiny_llama,
+    trainer,
+)
 
 STEPS = 6
 ENGINES: dict[str, dict[str, Any]] = {
@@ -175,3 +184,45 @@ def test_an_evaluation_does_not_leave_the_model_evaluating_under_zero(
     fields = {"deepspeed": {"zero_optimization": {"stage": stage}}}
     for modes in run_ranks(2, _modes, str(tmp_path), fields):
         assert len(modes) >= 3 and all(modes)
+
+
+def _refusals(world: RankInfo, folder: str) -> list[str]:
+    """What is said to the training of a frozen model on each engine."""
+    said = []
+    for fields in ENGINES.values():
+        model = tiny_llama().requires_grad_(False)
+        run = trainer(folder, model=model, eval_dataset=Sentences(4), max_steps=1, **fields)
+        run.evaluate()
+        with pytest.raises(ConfigError) as refused:
+            run.train()
+        said.append(str(refused.value))
+    return said
+
+
+def test_a_frozen_model_is_refused_where_it_would_learn(tmp_path: Path) -> None:
+    nothing = "nothing in LlamaForCausalLM is to be trained: none of its parameters has requires"
+    for said in run_ranks(2, _refusals, str(tmp_path)):
+        assert len(said) == 3 and all(line.startswith(nothing) for line in said)
+
+
+def test_what_never_asks_a_frozen_model_to_learn_runs(tmp_path: Path) -> None:
+    class Measuring(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach()
+
+    model = Regression().requires_grad_(False)
+    args = arguments(tmp_path, max_steps=2)
+    measuring = Measuring(model=model, args=args, train_dataset=Points(8))
+    assert measuring.train().global_step == 2
+    trainer(tmp_path, model=model, data=Points(8), num_train_epochs=0).train()
+
+
+def test_a_loss_without_gradients_is_refused(tmp_path: Path) -> None:
+    run = trainer(
+        tmp_path,
+        model=Regression(),
+        data=Points(8),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs[0].detach().sum(),
+    )
+    with pytest.raises(ConfigError, match="the loss does not depend on any weight of Regression"):
+        run.train()

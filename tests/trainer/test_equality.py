@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EvalPrediction, TrainerCallback
 
 from bigtrain.trainer.arguments import TrainingArguments
@@ -130,6 +131,12 @@ def test_a_loss_that_is_no_number_is_filtered_the_same(tmp_path: Path) -> None:
     assert repr(history(ours)) == repr(history(theirs))
 
 
+def test_a_model_in_float64_is_trained_in_it(tmp_path: Path) -> None:
+    theirs, ours = both(tmp_path, model=lambda: tiny_llama().double(), max_steps=3)
+    assert_same(theirs, ours)
+    assert ours.model.dtype == torch.float64
+
+
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     guesses = prediction.predictions.argmax(-1)
     counts = prediction.label_ids != -100
@@ -171,6 +178,56 @@ def test_a_dict_of_evaluation_sets_is_the_same(tmp_path: Path) -> None:
     theirs, ours = both(tmp_path, parameters=parameters, eval_strategy="epoch")
     assert_same(theirs, ours)
     assert "eval_short_accuracy" in ours.evaluate()
+
+
+def own_loader(kind: Any) -> Any:
+    class OwnLoader(kind):  # type: ignore[misc]
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            return DataLoader(self.eval_dataset, batch_size=3)
+
+    return OwnLoader
+
+
+def own_sampler(kind: Any) -> Any:
+    class OwnSampler(kind):  # type: ignore[misc]
+        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+            return SequentialSampler(range(5))
+
+    return OwnSampler
+
+
+def own_batches(kind: Any) -> Any:
+    class OwnBatches(kind):  # type: ignore[misc]
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            return list(DataLoader(self.eval_dataset, batch_size=5))
+
+    return OwnBatches
+
+
+def with_a_conflict(prediction: EvalPrediction) -> dict[str, float]:
+    return {"acc": 1.0, "foo_acc": 2.0, "losses": float(prediction.losses.size)}
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+@pytest.mark.parametrize(
+    "own", [lambda kind: kind, own_loader, own_sampler, own_batches], ids=lambda own: own.__name__
+)
+def test_metrics_are_the_same_in_value_and_order(
+    tmp_path: Path, own: Callable[[Any], Any], batch_size: int
+) -> None:
+    found = []
+    for kind, of in (ORACLE, OURS):
+        fields = {"include_for_metrics": ["loss"], "per_device_eval_batch_size": batch_size}
+        run = own(kind)(
+            model=tiny_llama(),
+            args=arguments(tmp_path, kind=of, **fields),
+            eval_dataset=Sentences(12, seed=5),
+            compute_metrics=with_a_conflict,
+        )
+        found.append([run.evaluate(), run.evaluate(metric_key_prefix="foo")])
+    theirs, ours = ([list(without_clock(each).items()) for each in one] for one in found)
+    assert ours == theirs
+    assert [list(each) for each in found[0]] == [list(each) for each in found[1]]
 
 
 def test_predictions_are_the_same(tmp_path: Path) -> None:

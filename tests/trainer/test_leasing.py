@@ -68,6 +68,25 @@ def test_a_second_training_is_refused_on_all_its_ranks_and_the_first_goes_on(
     assert harness.run_ranks(1, outcome, tmp_path) == [""]
 
 
+@pytest.mark.parametrize("event", ["on_train_begin", "on_step_end", "on_save", "on_train_end"])
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_training_that_ends_in_an_exception_leaves_no_lease(
+    tmp_path: Path, event: str, fault: type[BaseException]
+) -> None:
+    class Failing(TrainerCallback):
+        seen = False
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        Failing.seen = (tmp_path / lease.LEASE).is_dir()
+        raise fault
+
+    setattr(Failing, event, fail)
+    with pytest.raises(fault):
+        run(tmp_path, callbacks=[Failing()]).train()
+    assert Failing.seen
+    assert not [path.name for path in tmp_path.iterdir() if lease.LEASE in path.name]
+
+
 def test_a_training_that_is_taken_over_saves_no_more(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 from bigtrain.errors import ConfigError
+from bigtrain.topology import RankInfo
 from bigtrain.trainer.arguments import TrainingArguments
 from bigtrain.trainer.seq2seq import Seq2SeqTrainer
 from bigtrain.trainer.trainer import Trainer
+from tests.engine.harness import run_ranks
 from tests.trainer.samples import Points, Regression, Sentences, Stream, arguments, losses, trainer
 from tests.trainer.samples import tiny_llama as llama
 
@@ -81,23 +83,59 @@ def test_the_constructor_takes_what_transformers_takes() -> None:
 
 
 def test_a_trainer_has_the_attributes_that_scripts_read(tmp_path: Path) -> None:
-    run = trainer(tmp_path, max_steps=1)
-    run.train()
-    assert run.model is run.model_wrapped
-    for name in [
-        "optimizer",
-        "lr_scheduler",
-        "state",
-        "control",
-        "callback_handler",
-        "args",
-        "accelerator",
-    ]:
-        assert getattr(run, name) is not None
-    accelerator = run.accelerator
+    theirs, ours = (
+        kind(
+            model=llama(),
+            args=arguments(tmp_path, kind=kinds, max_steps=1, eval_strategy="epoch"),
+            train_dataset=Sentences(8),
+            eval_dataset=Sentences(4),
+        )
+        for kind, kinds in (
+            (transformers.Trainer, transformers.TrainingArguments),
+            (Trainer, TrainingArguments),
+        )
+    )
+    theirs.train()
+    ours.train()
+    for part in ("", "args", "state", "control", "callback_handler"):
+        one, other = (getattr(run, part) if part else run for run in (theirs, ours))
+        public = {name: value for name, value in vars(one).items() if name[0] != "_"}
+        assert [name for name in public if not hasattr(other, name)] == [], part
+        flags = {name: bool(v) for name, v in public.items() if v is None or isinstance(v, bool)}
+        assert {name: bool(getattr(other, name)) for name in flags} == flags
+    assert ours.model is ours.model_wrapped
+    accelerator = ours.accelerator
     assert (accelerator.num_processes, accelerator.process_index) == (1, 0)
     assert accelerator.is_main_process and accelerator.device == torch.device("cpu")
-    assert accelerator.unwrap_model(run.model_wrapped) is run.model
+    assert accelerator.unwrap_model(ours.model_wrapped) is ours.model
+
+
+def _save_as_scripts_do(run: Trainer, folder: str) -> bool:
+    """FastChat's and LLaVA's `safe_save_model_for_hf_trainer`."""
+    if run.deepspeed:
+        run.save_model(folder)
+        return True
+    weights = run.model.state_dict()
+    if run.args.should_save:
+        run._save(folder, state_dict={name: tensor.cpu() for name, tensor in weights.items()})
+    return False
+
+
+def _train_and_save(world: RankInfo, folder: str, fields: dict[str, Any]) -> list[bool]:
+    run = trainer(folder, max_steps=1, **fields)
+    before = run.deepspeed is None
+    run.train()
+    by_deepspeed = _save_as_scripts_do(run, f"{folder}/final")
+    return [before, by_deepspeed, by_deepspeed == (run.deepspeed is run.model_wrapped)]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_script_that_asks_for_deepspeed_saves_the_whole_model(tmp_path: Path, stage: int) -> None:
+    fields = {"deepspeed": {"zero_optimization": {"stage": stage}}} if stage else {}
+    found = run_ranks(2, _train_and_save, str(tmp_path), fields)
+    assert found == [[True, stage > 0, True]] * 2
+    saved = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "final")
+    assert saved.num_parameters() == llama().num_parameters()
 
 
 def test_overridden_steps_are_called_as_transformers_calls_them(tmp_path: Path) -> None:
@@ -148,6 +186,21 @@ def test_a_plain_loader_from_an_override_is_used_as_it_is(tmp_path: Path) -> Non
             lambda out: Trainer(model=llama(), model_init=llama, args=arguments(out)),
             ValueError,
             "but not both",
+        ),
+        (
+            lambda out: Trainer(model="gpt2", args=arguments(out)),  # type: ignore[arg-type]
+            TypeError,
+            "model must be an nn.Module, not the string 'gpt2': give what `from_pretrained` loads",
+        ),
+        (
+            lambda out: Trainer(model=Regression, args=arguments(out)),  # type: ignore[arg-type]
+            TypeError,
+            "model must be an nn.Module, not the class Regression: give an instance of it",
+        ),
+        (
+            lambda out: Trainer(model_init=lambda: llama, args=arguments(out)),
+            TypeError,
+            "what model_init returns must be an nn.Module, not a function",
         ),
         (
             lambda out: trainer(out, data=Stream(4)),
@@ -209,7 +262,7 @@ def test_a_metric_that_does_not_exist_is_named_with_those_that_do(tmp_path: Path
         compute_metrics=lambda found: {"accuracy": 0.5},
         **WATCHING,
     )
-    with pytest.raises(KeyError, match=r"eval_f1.*eval_accuracy.*eval_loss"):
+    with pytest.raises(KeyError, match=r"eval_f1.*eval_loss.*eval_accuracy"):
         run.train()
 
 
@@ -221,7 +274,7 @@ def test_eval_on_start_names_such_a_metric_before_any_step(tmp_path: Path) -> No
         eval_on_start=True,
         **WATCHING,
     )
-    with pytest.raises(KeyError, match=r"eval_f1.*eval_accuracy.*eval_loss"):
+    with pytest.raises(KeyError, match=r"eval_f1.*eval_loss.*eval_accuracy"):
         run.train()
     assert run.state.global_step == 0
 
