@@ -63,13 +63,13 @@ class Loop(Evaluation, Start, HyperparameterSearch, Hub):
         ignore_keys_for_eval: list[str] | None,
     ) -> TrainOutput:
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
-        if checkpoint is not None and self.args.auto_find_batch_size:
-            self._take_found_batch_size(checkpoint)
         if self.model_init is not None:
             self._start_over(trial)
-        preparation.prepare_model(self)
         # Behind `model_init`, which may draw from the trial, and before a trial's seed counts.
         self._hp_search_setup(trial)
+        if checkpoint is not None and self.args.auto_find_batch_size:
+            self._take_found_batch_size(checkpoint)
+        preparation.prepare_model(self)
         run = find_executable_batch_size(
             self._train_at_batch_size, self._train_batch_size, self.args.auto_find_batch_size
         )
