@@ -14,9 +14,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from bigtrain import run_inputs
-from bigtrain.arguments.installed import attention_implementations
-from bigtrain.arguments.model_fields import config_faults
+from bigtrain import run_inputs, section_faults
 from bigtrain.arguments.schema import Field, load_schema
 from bigtrain.arguments.values import TOO_LARGE, TOO_LARGE_ADVICE, did_you_mean, read_value
 from bigtrain.errors import ConfigError
@@ -153,9 +151,9 @@ def read_run_config(
     if model is not None and model.config is not None and not has_tokenizer:
         what = "missing; a model from scratch brings none; give tokenizer.name, or kind: bytes"
         layers.fault(("tokenizer",), what)
-    _refuse_impossible(layers, training, data)
-    _check_attention(layers, model)
-    is_sound = _check_config(layers, model, data)
+    section_faults.refuse_impossible(layers, training, data)
+    section_faults.check_attention(layers, model)
+    is_sound = section_faults.check_config(layers, model, data)
     is_plannable = is_sound and not layers.wrong & {"tokenizer", *_TOP_LEVEL, *_KNOWN}
     if model is None or data is None or engine is None or cluster is None or not is_plannable:
         if root is not None:
@@ -349,46 +347,6 @@ def _training(layers: Layers, top: dict[str, Any]) -> dict[str, Any]:
             f"{output_dir!r} and output_dir at the top, {top['output_dir']!r}, differ; keep one",
         )
     return found
-
-
-def _refuse_impossible(
-    layers: Layers, training: Mapping[str, Any], data: DataSection | None
-) -> None:
-    """Arguments that ask for data which the run file doesn't name."""
-    strategy = training.get("eval_strategy", "no")
-    if strategy != "no" and data is not None and data.eval_split is None and not data.eval_files:
-        what = "but there is nothing to evaluate on; set data.eval_split (0.05, say) or eval_files"
-        layers.fault(("training", "eval_strategy"), f"{strategy}, {what}")
-    if training.get("do_predict"):
-        what = "a run file names no data to predict on; leave it out, or use a script"
-        layers.fault(("training", "do_predict"), what)
-
-
-def _check_attention(layers: Layers, model: ModelSection | None) -> None:
-    """A name is transformers' own, or a kernel's on the hub; a model's own code may add some."""
-    said = model.attn_implementation if model is not None else None
-    if said is None or "/" in said or (model is not None and model.trust_remote_code):
-        return
-    known = attention_implementations()
-    if known and said.removeprefix("paged|") not in known and said not in known:
-        hint = did_you_mean(said, known) or f"; use {', '.join(known)}"
-        layers.fault(("model", "attn_implementation"), f"{said!r} is not supported{hint}")
-
-
-def _check_config(layers: Layers, model: ModelSection | None, data: DataSection | None) -> bool:
-    """Whether nothing is wrong in `model.config`, from which memory and buckets are computed."""
-    if model is None or model.config is None:
-        return True
-    length, is_default = 0, False
-    if data is not None:
-        is_default = "sequence_length" not in data.model_fields_set
-        # Which a key that is misspelt may have been to say.
-        is_open = is_default and not set(layers.values["data"]) <= set(DataSection.model_fields)
-        length = 0 if is_open else data.sequence_length
-    faults = list(config_faults(model.config, sequence_length=length, is_default=is_default))
-    for key, what in faults:
-        layers.fault(("model", "config", key), what)
-    return not faults
 
 
 # Declared as text, but taken otherwise as well: the newest checkpoint or none; sharding by default

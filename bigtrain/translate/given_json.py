@@ -16,7 +16,7 @@ from bigtrain.paths import expand_home
 from bigtrain.small_files import read_small_text
 from bigtrain.translate import deepspeed_keys, given_json_options
 from bigtrain.translate.config import EngineName, EngineOptions
-from bigtrain.translate.deepspeed_keys import AUTO
+from bigtrain.translate.deepspeed_sources import AUTO
 from bigtrain.translate.given import shown
 from bigtrain.translate.given_json_fates import ARGUMENTS
 from bigtrain.translate.given_json_options import leaf

@@ -13,7 +13,7 @@ from bigtrain.arguments.values import read_value
 from bigtrain.errors import ConfigError
 from bigtrain.secrecy import SECRET_ADVICE, looks_secret
 from bigtrain.translate import deepspeed_keys, given_json
-from bigtrain.translate.deepspeed_keys import AUTO
+from bigtrain.translate.deepspeed_sources import AUTO
 from bigtrain.translate.given_json import Json
 from bigtrain.translate.given_json_options import leaf
 

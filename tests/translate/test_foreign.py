@@ -598,9 +598,9 @@ def test_every_key_that_deepspeed_has_is_judged() -> None:
 
 
 def test_a_key_that_only_a_newer_deepspeed_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = {section: dict(keys) for section, keys in deepspeed_keys._known().items()}
+    known = {section: dict(keys) for section, keys in deepspeed_keys.known_keys().items()}
     known[""]["wonder"] = frozenset()
-    monkeypatch.setattr(deepspeed_keys, "_known", lambda: known)
+    monkeypatch.setattr(deepspeed_keys, "known_keys", lambda: known)
 
     assert _faults({"deepspeed": {"zero_optimization": {"stage": 2}, "wonder": 1}}, "zero2") == [
         "training.deepspeed: wonder: the installed DeepSpeed has it, and bigtrain not yet; leave "
